@@ -1,0 +1,188 @@
+"""Product-key top-k: the K best slots of a query among n*n pairs of sub-keys, without scoring n*n pairs.
+
+Scores (semantics A.1): `idw` is -log(eps + squared distance), `dot_product` the plain product. A slot's score is the
+sum of its two sub-keys' scores. Ties go to the lowest index: among sub-keys to the lowest sub-key, among pairs to the
+lowest position (rank in the first half, then rank in the second).
+
+How the ties stay exact: matrix products round identical sub-keys differently, depending on where they stand in the
+table and on how many queries share the call. So scores from the matrix product choose the slots only where the
+choice is clear. Queries whose deciding gaps are within the rounding error are scored again by explicit differences,
+which are the same for equal sub-keys and for any batch, and sorted stably. Those are few unless sub-keys are equal.
+
+Letters: G = memories * heads * 2 (halves innermost), X queries of one memory, n sub-keys, d width of a half, K top-k.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IDW_EPSILON = 1e-3
+# Gaps below this many units of rounding (of the largest magnitudes that enter a score) count as undecided.
+_ROUNDING_UNITS = 4.0
+# A squared distance this many times smaller than |q|^2 + |k|^2 is computed from explicit differences.
+_NEAR_RATIO = 2.0
+# Bound on the explicit differences made at once while settling undecided queries, in elements.
+_SETTLE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class ProductKeyTopk:
+    """Result of a product-key top-k. `G2` is G / 2: one row of slots per memory and head.
+
+    Attributes:
+        sub_index: [G, X, K] int64, the best sub-keys of each half, best first
+        sub_score: [G, X, K], their scores (no temperature)
+        rank: [2, G2, X, K] int64, for each chosen slot its rank among the best sub-keys of half 1 and of half 2
+        slot: [G2, X, K] int64, sub-key of half 1 * n + sub-key of half 2, best first
+        score: [G2, X, K] float64, the sums: a softmax would turn rounding of float32 logarithms into relative error
+    """
+
+    sub_index: Tensor
+    sub_score: Tensor
+    rank: Tensor
+    slot: Tensor
+    score: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _candidate_ranks(topk: int, available: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pairs of ranks that can be among the `topk` best sums when both lists are sorted, in position order.
+
+    A pair (i, j) has (i + 1)(j + 1) - 1 pairs before it in both order and score, so those with (i + 1)(j + 1) > topk
+    cannot be chosen: 20 of 64 remain for topk 8.
+    """
+    pairs = [(i, j) for i in range(available) for j in range(available) if (i + 1) * (j + 1) <= topk]
+    table = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
+    return table[:, 0].contiguous(), table[:, 1].contiguous()
+
+
+def _best_sums(sub_score_GXk: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `wanted` best sums of the two halves' sorted scores: (values, rank in half 1, rank in half 2)."""
+    halves = sub_score_GXk.unflatten(0, (-1, 2))
+    rank_1, rank_2 = _candidate_ranks(wanted, sub_score_GXk.shape[-1], sub_score_GXk.device)
+    sums = halves[:, 0][..., rank_1] + halves[:, 1][..., rank_2]
+    values, position = torch.sort(sums, dim=-1, descending=True, stable=True)
+    position = position[..., :wanted]
+    return values[..., :wanted], rank_1[position], rank_2[position]
+
+
+def _matmul_scores(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranking values [G, X, n] from one batched product, |q|^2 [G, X, 1], and their rounding error bound [G, X, 1].
+
+    For idw the value is <q, k> - |k|^2 / 2, which ranks as the score does: the logarithm is taken of the chosen only.
+    """
+    query_square = query_GXd.square().sum(-1, keepdim=True)
+    key_square = keys_Gnd.square().sum(-1)
+    largest_key = key_square.amax(-1)[:, None, None]
+    unit = _ROUNDING_UNITS * torch.finfo(query_GXd.dtype).eps
+    if score_type == "dot_product":
+        value = torch.bmm(query_GXd, keys_Gnd.transpose(1, 2))
+        return value, query_square, unit * (query_square * largest_key).sqrt()
+    value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
+    return value, query_square, unit * (query_square + largest_key)
+
+
+def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) -> Tensor:
+    if score_type == "dot_product":
+        return value.double()
+    return -torch.log((query_square - 2 * value).clamp_min(0).double().add(IDW_EPSILON))
+
+
+def _refine_near(
+    query_GXd: Tensor, keys_Gnd: Tensor, sub_index: Tensor, score: Tensor, magnitude: Tensor
+) -> Tensor:
+    """Scores of chosen sub-keys again by explicit differences, for queries that lie close to a sub-key.
+
+    There |q|^2 + |k|^2 - 2 <q, k> cancels: its relative error is `magnitude` / squared distance units of rounding.
+    """
+    near = magnitude.squeeze(-1) > _NEAR_RATIO * torch.exp(-score[..., 0])
+    if not bool(near.any()):
+        return score
+    group, query = near.nonzero(as_tuple=True)
+    block = max(1, _SETTLE_ELEMENTS // (score.shape[-1] * query_GXd.shape[-1]))
+    for start in range(0, group.numel(), block):
+        g, x = group[start : start + block], query[start : start + block]
+        keys = keys_Gnd[g.unsqueeze(1), sub_index[g, x]]
+        square = (query_GXd[g, x].unsqueeze(1) - keys).square().sum(-1)
+        score[g, x] = -torch.log(square.double() + IDW_EPSILON)
+    return score
+
+
+def _undecided(value: Tensor, score: Tensor, sums: Tensor, error: Tensor, score_type: str) -> Tensor:
+    """[G2, X] bool: queries one of whose deciding gaps is within the rounding error of the matrix product."""
+
+    def narrow(sorted_values: Tensor, bound: Tensor) -> Tensor:
+        # "not wider" instead of "narrower": an infinite or undefined gap is undecided too.
+        return ~((sorted_values[..., :-1] - sorted_values[..., 1:]) > bound).all(-1)
+
+    score_error = error
+    if score_type == "idw":  # d score / d value = 2 exp(score), largest for the best sub-key
+        score_error = 2 * error * torch.exp(score[..., :1])
+    by_half = score_error.unflatten(0, (-1, 2)).sum(1)
+    rounding = _ROUNDING_UNITS * torch.finfo(sums.dtype).eps * sums[..., :1].abs()
+    return narrow(value, error).unflatten(0, (-1, 2)).any(1) | narrow(sums, by_half + rounding)
+
+
+def _settle(
+    query_GXd: Tensor, keys_Gnd: Tensor, undecided_2X: Tensor, topk: int, score_type: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores undecided queries by explicit differences. Returns (group, query, sub_index [F, 2, K], sub_score)."""
+    group, query = undecided_2X.nonzero(as_tuple=True)
+    query_F2d = query_GXd.unflatten(0, (-1, 2))[group, :, query]
+    keys_by_head = keys_Gnd.unflatten(0, (-1, 2))
+    indices, scores = [], []
+    block = max(1, _SETTLE_ELEMENTS // keys_by_head[0].numel())
+    for start in range(0, group.numel(), block):
+        q = query_F2d[start : start + block].unsqueeze(2)
+        keys = keys_by_head[group[start : start + block]]
+        if score_type == "dot_product":
+            exact = (q * keys).sum(-1).double()
+        else:
+            exact = -torch.log((q - keys).square().sum(-1).double() + IDW_EPSILON)
+        value, index = torch.sort(exact, dim=-1, descending=True, stable=True)
+        indices.append(index[..., :topk])
+        scores.append(value[..., :topk])
+    return group, query, torch.cat(indices), torch.cat(scores)
+
+
+def torch_product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score_type: str) -> ProductKeyTopk:
+    """See `fwpkm_kernels.product_key_topk` and the head of this file."""
+    n = keys_Gnd.shape[1]
+    if query_GXd.device.type == "cuda" and query_GXd.dtype == torch.float32:
+        with _without_tf32():
+            value_GXn, query_square, error = _matmul_scores(query_GXd, keys_Gnd, score_type)
+    else:
+        value_GXn, query_square, error = _matmul_scores(query_GXd, keys_Gnd, score_type)
+    # One more than needed, to see whether the last choice was clear.
+    value, sub_index = torch.topk(value_GXn, min(topk + 1, n), dim=-1)
+    del value_GXn
+    score = _scores_from_values(value, query_square, score_type)
+    if score_type == "idw":
+        magnitude = error / (_ROUNDING_UNITS * torch.finfo(error.dtype).eps)
+        score = _refine_near(query_GXd, keys_Gnd, sub_index, score, magnitude)
+    sums, rank_1, rank_2 = _best_sums(score, min(topk + 1, score.shape[-1] ** 2))
+    undecided = _undecided(value, score, sums, error, score_type)
+    sub_index, sub_score = sub_index[..., :topk].contiguous(), score[..., :topk].contiguous()
+    slot_score, rank = sums[..., :topk].contiguous(), torch.stack([rank_1[..., :topk], rank_2[..., :topk]])
+    if bool(undecided.any()):
+        group, query, exact_index, exact_score = _settle(query_GXd, keys_Gnd, undecided, topk, score_type)
+        sub_index.unflatten(0, (-1, 2))[group, :, query] = exact_index
+        sub_score.unflatten(0, (-1, 2))[group, :, query] = exact_score
+        best, first, second = _best_sums(exact_score.transpose(0, 1), topk)  # [F, 2, K] seen as one group of F queries
+        slot_score[group, query], rank[0][group, query], rank[1][group, query] = best[0], first[0], second[0]
+    halves = sub_index.unflatten(0, (-1, 2))
+    slot = halves[:, 0].gather(-1, rank[0]) * n + halves[:, 1].gather(-1, rank[1])
+    return ProductKeyTopk(sub_index, sub_score.to(query_GXd.dtype), rank, slot, slot_score)
+
+
+class _without_tf32:  # noqa: N801 - reads as a context
+    """Full float32 products on CUDA: idw distances cancel, so TF32's 10-bit mantissa would choose wrong slots."""
+
+    def __enter__(self) -> None:
+        self._allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self._allowed

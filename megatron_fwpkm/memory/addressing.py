@@ -1,0 +1,303 @@
+"""Addressing: from queries to slots and weights, and every gradient that flows through it, in closed form.
+
+Forward (semantics A.1-3) and the addressing loss (A.8-9) use only the top-k sub-keys of each query, so both passes are
+sparse in the sub-keys: gather-weighted-sum, scatter-add and gather-dot over [queries, K] pairs. Nothing of size
+queries x n outlives the top-k itself.
+
+Letters: M memories, H heads, G = M * H * 2 (halves innermost), X tokens of one memory in a chunk, Y = M * X tokens in
+all, K top-k, P = H * K reads of one token, n sub-keys, d = k_dim / 2, D value width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fwpkm_kernels import ProductKeyTopk, Segments, gather_dot, gather_weighted_sum, product_key_topk
+from fwpkm_kernels import plan_segments, scatter_weighted_add
+from torch import Tensor
+
+from megatron_fwpkm.memory.config import MemoryConfig
+
+ENTROPY_EPSILON = 1e-8
+
+
+@dataclass
+class Address:
+    """Where the tokens of a chunk read.
+
+    Attributes:
+        query_GXd: query halves
+        top: the product-key top-k of each query
+        slot_YP: [Y, P] int64, slots in the numbering memory * N + slot
+        weight_YP: [Y, P], weights after the nonlinearity
+    """
+
+    query_GXd: Tensor
+    top: ProductKeyTopk
+    slot_YP: Tensor
+    weight_YP: Tensor
+
+
+def split_queries(query_MXHk: Tensor) -> Tensor:
+    """[M, X, H, k_dim] to halves [G, X, d], contiguous."""
+    halves = query_MXHk.unflatten(-1, (2, -1)).permute(0, 2, 3, 1, 4)
+    return halves.reshape(-1, query_MXHk.shape[1], halves.shape[-1])
+
+
+def merge_queries(query_GXd: Tensor, memories: int) -> Tensor:
+    """The inverse of `split_queries`."""
+    halves = query_GXd.unflatten(0, (memories, -1, 2)).permute(0, 3, 1, 2, 4)
+    return halves.flatten(-2)
+
+
+def heads_last(value_GXK: Tensor, memories: int) -> Tensor:
+    """[M * H, X, K] to token-major [Y, P]."""
+    return value_GXK.unflatten(0, (memories, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def heads_first(value_YP: Tensor, memories: int, heads: int) -> Tensor:
+    """The inverse of `heads_last`."""
+    return value_YP.unflatten(0, (memories, -1)).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def address(query_GXd: Tensor, keys_MH2nd: Tensor, config: MemoryConfig) -> Address:
+    """Find the slots of every token and their weights."""
+    memories = keys_MH2nd.shape[0]
+    top = product_key_topk(query_GXd, keys_MH2nd.flatten(0, 2), config.topk, config.score_type)
+    slot_YP = heads_last(top.slot, memories)
+    if memories > 1:
+        first_slot = torch.arange(memories, device=slot_YP.device) * config.num_slots
+        slot_YP = slot_YP + first_slot.repeat_interleave(slot_YP.shape[0] // memories).unsqueeze(1)
+    weight_YP = _nonlinearity(heads_last(top.score, memories) / config.temperature, config).to(query_GXd.dtype)
+    top = dataclasses.replace(top, score=top.score.to(query_GXd.dtype))
+    return Address(query_GXd, top, slot_YP, weight_YP)
+
+
+def _nonlinearity(scaled: Tensor, config: MemoryConfig) -> Tensor:
+    if config.score_nonlinearity == "softmax":
+        return scaled.softmax(-1)
+    return F.silu(scaled) if config.score_nonlinearity == "silu" else scaled.relu()
+
+
+def score_gradient_from_weights(
+    weight_YP: Tensor, score_YP: Tensor, weight_gradient_YP: Tensor, config: MemoryConfig
+) -> Tensor:
+    """dL/d score from dL/d weight, [Y, P], through the nonlinearity and the temperature."""
+    if config.score_nonlinearity == "softmax":
+        mean = (weight_YP * weight_gradient_YP).sum(-1, keepdim=True)
+        return weight_YP * (weight_gradient_YP - mean) / config.temperature
+    return _slope(score_YP / config.temperature, config)[0] * weight_gradient_YP / config.temperature
+
+
+def _slope(scaled: Tensor, config: MemoryConfig) -> tuple[Tensor, Tensor]:
+    """First and second derivative of an elementwise nonlinearity."""
+    if config.score_nonlinearity == "relu":
+        return (scaled > 0).to(scaled.dtype), torch.zeros_like(scaled)
+    s = scaled.sigmoid()
+    ds = s * (1 - s)
+    return s + scaled * ds, ds * (2 + scaled * (1 - 2 * s))
+
+
+def second_order_through_weights(
+    weight_YP: Tensor,
+    score_YP: Tensor,
+    weight_gradient_YP: Tensor,
+    cotangent_YP: Tensor,
+    config: MemoryConfig,
+) -> tuple[Tensor, Tensor]:
+    """Differentiates `score_gradient_from_weights` once more.
+
+    With c the cotangent of its result, returns dL/d score [Y, P] and dL/d weight_gradient [Y, P].
+    """
+    if config.score_nonlinearity == "softmax":
+        mean = (weight_YP * weight_gradient_YP).sum(-1, keepdim=True)
+        cotangent_mean = (weight_YP * cotangent_YP).sum(-1, keepdim=True)
+        of_weight = cotangent_YP * (weight_gradient_YP - mean) - weight_gradient_YP * cotangent_mean
+        of_weight = of_weight / config.temperature
+        of_gradient = weight_YP * (cotangent_YP - cotangent_mean) / config.temperature
+        return score_gradient_from_weights(weight_YP, score_YP, of_weight, config), of_gradient
+    first, second = _slope(score_YP / config.temperature, config)
+    of_score = cotangent_YP * second * weight_gradient_YP / config.temperature**2
+    return of_score, cotangent_YP * first / config.temperature
+
+
+def spread_to_subkeys(slot_gradient_GXK: Tensor, top: ProductKeyTopk) -> Tensor:
+    """dL/d sub-score [G, X, K] from dL/d slot score [G / 2, X, K]: each slot's score is the sum of two of them.
+
+    A comparison with every rank instead of a scatter: the sums have a fixed order on every device.
+    """
+    ranks = torch.arange(slot_gradient_GXK.shape[-1], device=slot_gradient_GXK.device)
+    chosen = top.rank.unsqueeze(-1) == ranks  # [2, G / 2, X, K, rank]
+    spread = torch.where(chosen, slot_gradient_GXK.unsqueeze(-1), 0).sum(-2)
+    return spread.transpose(0, 1).flatten(0, 1)
+
+
+@dataclass
+class SubkeyPlan:
+    """The sub-keys that a chunk's queries address, flattened over the groups: row = group * n + sub-key."""
+
+    index_GXK: Tensor  # [G * X, K]
+    segments: Segments
+
+
+def plan_subkeys(top: ProductKeyTopk, n_subkeys: int) -> SubkeyPlan:
+    """Sort the chosen sub-keys by row, once for all sums over them."""
+    groups = top.sub_index.shape[0]
+    first_row = torch.arange(groups, device=top.sub_index.device) * n_subkeys
+    index = (top.sub_index + first_row[:, None, None]).flatten(0, 1)
+    return SubkeyPlan(index, plan_segments(index, groups * n_subkeys))
+
+
+def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
+    """[G * n]: sums of one number for each pair, by sub-key. (index_add_ of scalars on CPU runs in order.)"""
+    rows = plan.segments.offsets.numel() - 1
+    if value_GXK.device.type == "cpu":
+        return value_GXK.new_zeros(rows).index_add_(0, plan.index_GXK.reshape(-1), value_GXK.reshape(-1))
+    ones = value_GXK.new_ones(value_GXK.shape[0] * value_GXK.shape[1], 1)
+    return scatter_weighted_add(plan.segments, ones, value_GXK.reshape(-1, value_GXK.shape[-1])).squeeze(1)
+
+
+class Usage:
+    """Mean use of the sub-keys, and the addressing loss with its gradients (semantics A.8).
+
+    Attributes:
+        share_GXK: softmax of the top-k sub-scores of each query
+        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half
+    """
+
+    def __init__(self, top: ProductKeyTopk, memories: int, config: MemoryConfig) -> None:
+        self.memories, self.heads = memories, config.heads
+        self.n_subkeys, self.loss_weight = config.n_subkeys, config.addressing_loss_weight
+        self.share_GXK = top.sub_score.softmax(-1)
+        groups, tokens, _ = top.sub_index.shape
+        self.rows = tokens * config.heads
+        group = torch.arange(groups, device=top.sub_index.device)
+        # Heads are pooled: (memory, head, half) -> (memory, half).
+        pooled = torch.div(group, 2 * config.heads, rounding_mode="floor") * 2 + group % 2
+        self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
+        self.mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
+
+    def _pool(self, value_GXK: Tensor) -> Tensor:
+        """Sum numbers of pairs by (memory, half, sub-key), in a fixed order."""
+        bins = self.memories * 2 * self.n_subkeys
+        index, value = self.bin_GXK.reshape(-1), value_GXK.reshape(-1)
+        if value.device.type == "cpu":
+            return value.new_zeros(bins).index_add_(0, index, value)
+        return scatter_weighted_add(plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1),
+                                    value.unsqueeze(1)).squeeze(1)
+
+    def loss_M(self) -> Tensor:
+        """[M] addressing loss: weight * sum over halves of sum_j mean_j log(mean_j + eps)."""
+        entropy = self.mean_M2n * torch.log(self.mean_M2n + ENTROPY_EPSILON)
+        return self.loss_weight * entropy.sum((1, 2))
+
+    def _potential(self) -> Tensor:
+        """d loss / d mean, flattened over (memory, half, sub-key)."""
+        shifted = self.mean_M2n + ENTROPY_EPSILON
+        return (self.loss_weight * (shifted.log() + self.mean_M2n / shifted)).flatten()
+
+    def score_gradient(self) -> Tensor:
+        """d loss / d sub-score, [G, X, K]."""
+        potential = self._potential()[self.bin_GXK]
+        mean = (self.share_GXK * potential).sum(-1, keepdim=True)
+        return self.share_GXK * (potential - mean) / self.rows
+
+    def score_gradient_backward(self, cotangent_GXK: Tensor) -> Tensor:
+        """dL/d sub-score [G, X, K] through `score_gradient`, given dL/d of its result."""
+        share, potential = self.share_GXK, self._potential()[self.bin_GXK]
+        mean = (share * potential).sum(-1, keepdim=True)
+        along = (share * cotangent_GXK).sum(-1, keepdim=True)
+        of_share = (cotangent_GXK * (potential - mean) - potential * along) / self.rows
+        of_potential = self._pool(share * (cotangent_GXK - along) / self.rows)
+        shifted = self.mean_M2n.flatten() + ENTROPY_EPSILON
+        of_mean = of_potential * self.loss_weight * (1 / shifted + ENTROPY_EPSILON / shifted.square())
+        of_share = of_share + (of_mean / self.rows)[self.bin_GXK]
+        return share * (of_share - (share * of_share).sum(-1, keepdim=True))
+
+
+def _pull(top: ProductKeyTopk, score_gradient_GXK: Tensor, config: MemoryConfig) -> Tensor:
+    """Coefficient t of d score / d key: the gradient of a pair is t (q - k) for idw and t q for dot products.
+
+    d(-log(eps + |q - k|^2)) / dk = 2 (q - k) / (eps + |q - k|^2) = 2 exp(score) (q - k).
+    """
+    if config.score_type == "dot_product":
+        return score_gradient_GXK
+    return 2 * score_gradient_GXK * torch.exp(top.sub_score)
+
+
+def key_gradient(
+    query_GXd: Tensor,
+    keys_Gnd: Tensor,
+    top: ProductKeyTopk,
+    plan: SubkeyPlan,
+    score_gradient_GXK: Tensor,
+    config: MemoryConfig,
+) -> Tensor:
+    """dL/d keys [G, n, d] from dL/d sub-score [G, X, K]."""
+    pull = _pull(top, score_gradient_GXK, config)
+    flat = pull.flatten(0, 1)
+    gradient = scatter_weighted_add(plan.segments, query_GXd.flatten(0, 1), flat).view_as(keys_Gnd)
+    if config.score_type == "dot_product":
+        return gradient
+    total = _segment_sum(plan, pull).view(*keys_Gnd.shape[:2], 1)
+    return gradient.addcmul_(total, keys_Gnd, value=-1)
+
+
+def query_gradient(
+    query_GXd: Tensor,
+    keys_Gnd: Tensor,
+    top: ProductKeyTopk,
+    plan: SubkeyPlan,
+    score_gradient_GXK: Tensor,
+    config: MemoryConfig,
+) -> Tensor:
+    """dL/d query [G, X, d] from dL/d sub-score [G, X, K]."""
+    pull = _pull(top, score_gradient_GXK, config)
+    towards = gather_weighted_sum(keys_Gnd.flatten(0, 1), plan.index_GXK, pull.flatten(0, 1)).view_as(query_GXd)
+    if config.score_type == "dot_product":
+        return towards
+    return towards.addcmul_(pull.sum(-1, keepdim=True), query_GXd, value=-1)
+
+
+@dataclass
+class KeyStepGradient:
+    """What the backward pass of a sub-key step contributes.
+
+    Attributes:
+        cotangent_GXK: dL/d of the inner sub-score gradient that made the step
+        sub_score_GXK: dL/d sub-score through the slope exp(score) of the step
+        query_GXd, keys_Gnd: direct terms, the sub-scores held fixed
+    """
+
+    cotangent_GXK: Tensor
+    sub_score_GXK: Tensor | None
+    query_GXd: Tensor
+    keys_Gnd: Tensor | None
+
+
+def key_gradient_backward(
+    query_GXd: Tensor,
+    keys_Gnd: Tensor,
+    top: ProductKeyTopk,
+    plan: SubkeyPlan,
+    score_gradient_GXK: Tensor,
+    cotangent_Gnd: Tensor,
+    config: MemoryConfig,
+) -> KeyStepGradient:
+    """Differentiates `key_gradient` with respect to all it depends on; `cotangent_Gnd` is dL/d of its result."""
+    flat_query, flat_cotangent = query_GXd.flatten(0, 1), cotangent_Gnd.flatten(0, 1)
+    along = gather_dot(flat_cotangent, plan.index_GXK, flat_query).view_as(score_gradient_GXK)
+    pull = _pull(top, score_gradient_GXK, config)
+    of_query = gather_weighted_sum(flat_cotangent, plan.index_GXK, pull.flatten(0, 1)).view_as(query_GXd)
+    if config.score_type == "dot_product":
+        return KeyStepGradient(along, None, of_query, None)
+    key_part = (cotangent_Gnd * keys_Gnd).sum(-1).flatten()
+    along = along - key_part[plan.index_GXK].view_as(along)
+    total = _segment_sum(plan, pull).view(*keys_Gnd.shape[:2], 1)
+    return KeyStepGradient(
+        cotangent_GXK=2 * torch.exp(top.sub_score) * along,
+        sub_score_GXK=pull * along,
+        query_GXd=of_query,
+        keys_Gnd=-total * cotangent_Gnd,
+    )

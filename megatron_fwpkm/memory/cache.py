@@ -1,0 +1,281 @@
+"""Inference: a memory that takes tokens in calls of any size.
+
+`aligned` (the default): chunk boundaries stand at absolute positions and a chunk is written when it is complete, so
+outputs do not depend on how the stream is cut into calls and equal one training call over the same tokens. The ragged
+tail is written by `finish()`.
+
+`official`: the paper's code (semantics C), whose outputs depend on the cut; for parity with it.
+
+The memories of a cache lie over the fast state as an overlay: the state itself never changes, unless a cache with one
+shared memory is committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from fwpkm_kernels import ProductKeyTopk, plan_slots
+from torch import Tensor
+
+from megatron_fwpkm.memory import addressing, chunk
+from megatron_fwpkm.memory.addressing import Address, Usage
+from megatron_fwpkm.memory.chunk import ChunkRead
+from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.fast_state import FastState
+from megatron_fwpkm.memory.functional import check_inputs
+from megatron_fwpkm.memory.overlay import Overlay
+
+
+@dataclass
+class CacheTrace:
+    """What calls leave beside their outputs, on request: slots and weights [B, T, H, K] of the last call, and of each
+    write since the trace was attached its losses [B, pairs] and addressing losses [memories]."""
+
+    slots_BTHK: Tensor | None = None
+    weights_BTHK: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    addressing_losses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Tokens:
+    """Tokens of a chunk that wait for their write, [B, c, ...]."""
+
+    query: Tensor
+    target: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+
+    def __len__(self) -> int:
+        return self.query.shape[1]
+
+    def __getitem__(self, piece: slice) -> _Tokens:
+        parts = (self.query, self.target, self.gate, self.mask)
+        return _Tokens(*(None if t is None else t[:, piece] for t in parts))  # type: ignore[arg-type]
+
+    def join(self, other: _Tokens) -> _Tokens:
+        """These tokens, then the others. A missing mask stands for all true, a missing gate for ones."""
+        gate = mask = None
+        if self.gate is not None or other.gate is not None:
+            gate = torch.cat([t.query.new_ones(t.query.shape[:2]) if t.gate is None else t.gate for t in (self, other)], 1)
+        if self.mask is not None or other.mask is not None:
+            full = torch.cat([_all_true(t) if t.mask is None else t.mask for t in (self, other)], 1)
+            mask = full
+        query, target = (torch.cat(pair, 1) for pair in ((self.query, other.query), (self.target, other.target)))
+        return _Tokens(query, target, gate, mask)
+
+
+def _all_true(tokens: _Tokens) -> Tensor:
+    return torch.ones(tokens.query.shape[:2], dtype=torch.bool, device=tokens.query.device)
+
+
+class MemoryCache:
+    """The memories of one layer for one batch of streams.
+
+    Args:
+        state: the fast state that all memories start from
+        batch: number of sequences
+        mode: "aligned" or "official"; None takes the configuration's `cache_mode`
+        memory: "per_sequence" or "shared"; None takes the configuration's `cache_memory`
+    """
+
+    def __init__(
+        self,
+        state: FastState,
+        batch: int,
+        *,
+        mode: Literal["aligned", "official"] | None = None,
+        memory: Literal["per_sequence", "shared"] | None = None,
+    ) -> None:
+        self.config: MemoryConfig = state.config
+        self.mode = mode or self.config.cache_mode
+        memory = memory or self.config.cache_memory
+        if self.mode not in ("aligned", "official"):
+            raise ValueError(f"cache mode is {mode!r}; allowed: 'aligned', 'official'")
+        if memory not in ("per_sequence", "shared"):
+            raise ValueError(f"cache memory is {memory!r}; allowed: 'per_sequence', 'shared'")
+        self.batch = batch
+        self.view = Overlay(state, batch if memory == "per_sequence" else 1)
+        self.num_tokens = 0
+        self.trace: CacheTrace | None = None
+        self._waiting: _Tokens | None = None
+        self._reads: list[ChunkRead] = []  # aligned: the reads of the waiting tokens
+        self.frozen = False
+
+    def __call__(
+        self, query_BTHk: Tensor, target_BTD: Tensor, gate_BT: Tensor | None = None, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Read for new tokens and write whatever chunks they complete; returns the reads [B, T, D]. No gradients.
+
+        Shapes as in `fast_memory`. While `frozen` is set the tokens are only read for, and not remembered.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, or another batch size than the cache was made for.
+        """
+        if query_BTHk.shape[0] != self.batch:
+            raise ValueError(f"the cache was made for {self.batch} sequences; this call has {query_BTHk.shape[0]}")
+        check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, self.view, self.config)
+        dtype = self.view.keys_MH2nd.dtype
+        gate = None if gate_BT is None else gate_BT.to(dtype)
+        tokens = _Tokens(query_BTHk.to(dtype), target_BTD.to(dtype), gate, mask_BT)
+        with torch.no_grad(), torch.autocast(query_BTHk.device.type, enabled=False):
+            if len(tokens) == 0:
+                return target_BTD
+            reads = self._aligned(tokens) if self.mode == "aligned" else self._official(tokens)
+        if self.trace is not None:
+            shape = (self.batch, -1, self.config.heads, self.config.topk)
+            slots = [(r.address.slot_YP % self.config.num_slots).view(shape) for r in reads]
+            self.trace.slots_BTHK = torch.cat(slots, 1)
+            self.trace.weights_BTHK = torch.cat([r.address.weight_YP.view(shape) for r in reads], 1)
+        self.num_tokens += len(tokens)
+        return torch.cat([r.read_YD.view(self.batch, -1, self.config.v_dim) for r in reads], 1).to(target_BTD.dtype)
+
+    def finish(self) -> None:
+        """Write the tokens that wait for their chunk to fill (aligned mode), as a training call's ragged tail.
+
+        The next token starts a new chunk, as the first of another training call would.
+        """
+        if self.mode == "aligned" and self._waiting is not None:
+            with torch.no_grad():
+                self._write_aligned()
+
+    def commit(self) -> None:
+        """Make a shared memory the fast state's own. Raises ValueError for a memory per sequence."""
+        self.view.commit()
+
+    def _read(self, query: Tensor) -> ChunkRead:
+        memories = self.view.memories
+        halves = addressing.split_queries(query.reshape(memories, -1, *query.shape[2:]))
+        return chunk.read_chunk(halves, self.view, self.config)
+
+    # -- aligned ----------------------------------------------------------------------------------------------------
+
+    def _aligned(self, tokens: _Tokens) -> list[ChunkRead]:
+        size = None if self.config.chunk_size == "sequence" else int(self.config.chunk_size)
+        reads, start = [], 0
+        while start < len(tokens):
+            waiting = 0 if self._waiting is None else len(self._waiting)
+            end = len(tokens) if size is None else min(start + size - waiting, len(tokens))
+            piece = tokens[start:end]
+            read = self._read(piece.query)
+            reads.append(read)
+            start = end
+            if self.frozen:
+                continue
+            self._waiting = piece if self._waiting is None else self._waiting.join(piece)
+            self._reads.append(read)
+            if size is not None and len(self._waiting) == size:
+                self._write_aligned()
+        return reads
+
+    def _write_aligned(self) -> None:
+        assert self._waiting is not None
+        tokens, read = self._waiting, self._join_reads()
+        batch, length, memories = self.batch, len(tokens), self.view.memories
+        read_BCD = read.read_YD.view(batch, length, -1)
+        error = chunk.lookahead_errors(read_BCD, tokens.target, self.config.lookahead).flatten(0, 1)
+        weight_BC = chunk.write_weights(tokens.gate, tokens.mask, read_BCD, self.config)
+        scale = chunk.write_scale(tokens.mask, batch, length, memories, self.config)
+        step = chunk.row_steps(read.plan, scale, error.dtype, self.config)
+        self._write(read, weight_BC, error, step, max(length - self.config.lookahead, 0))
+        self._waiting, self._reads = None, []
+
+    def _write(self, read: ChunkRead, weight_BC: Tensor, error_YD: Tensor, step_U: Tensor, pairs: int) -> None:
+        weight_Y = weight_BC.flatten()
+        slope = None
+        if not self.config.values_only:
+            slope = chunk.memory_slope(read, weight_Y, error_YD, self.batch // self.view.memories * pairs)
+        if self.trace is not None:
+            loss = (weight_Y * error_YD.square().mean(1)).view(self.batch, -1)
+            self.trace.losses.append(loss[:, :pairs])
+            usage = Usage(read.address.top, self.view.memories, self.config)
+            self.trace.addressing_losses.append(usage.loss_M())
+        chunk.write_values(read, self.view, weight_Y, error_YD, step_U, self.config)
+        chunk.write_keys(read, self.view, slope, self.config)
+
+    def _join_reads(self) -> ChunkRead:
+        """The waiting reads as one chunk. They all saw the memory as it still is."""
+        if len(self._reads) == 1:
+            return self._reads[0]
+        per_memory = self.batch // self.view.memories
+
+        def join(tensors: list[Tensor], axis: int) -> Tensor:
+            """Concatenate along tokens where `axis` is (sequences of one memory, tokens) flattened."""
+            parts = [t.unflatten(axis, (per_memory, -1)) for t in tensors]
+            return torch.cat(parts, axis + 1).flatten(axis, axis + 1)
+
+        def join_all(tensors: list[Tensor]) -> Tensor:
+            parts = [t.unflatten(0, (self.batch, -1)) for t in tensors]
+            return torch.cat(parts, 1).flatten(0, 1)
+
+        addresses = [read.address for read in self._reads]
+        top = ProductKeyTopk(
+            join([a.top.sub_index for a in addresses], 1),
+            join([a.top.sub_score for a in addresses], 1),
+            join([a.top.rank for a in addresses], 2),
+            join([a.top.slot for a in addresses], 1),
+            join([a.top.score for a in addresses], 1),
+        )
+        address = Address(
+            join([a.query_GXd for a in addresses], 1),
+            top,
+            join_all([a.slot_YP for a in addresses]),
+            join_all([a.weight_YP for a in addresses]),
+        )
+        plan = plan_slots(address.slot_YP)
+        rows_UD = self.view.read_rows(plan.slots_U)
+        return ChunkRead(address, plan, rows_UD, join_all([r.read_YD for r in self._reads]))
+
+    # -- official -----------------------------------------------------------------------------------------------------
+
+    def _official(self, tokens: _Tokens) -> list[ChunkRead]:
+        """semantics C: a queue that is written whenever it holds a chunk, and keeps its last `lookahead` tokens."""
+        size = None if self.config.chunk_size == "sequence" else int(self.config.chunk_size)
+        reads, start = [], 0
+        while start < len(tokens):
+            waiting = 0 if self._waiting is None else len(self._waiting)
+            if size is None:
+                length = len(tokens)
+            else:
+                length = size + self.config.lookahead - waiting if start == 0 else size
+            piece = tokens[start : start + length]
+            read = self._read(piece.query)
+            reads.append(read)
+            start += len(piece)
+            if self.frozen:
+                continue
+            self._waiting = piece if self._waiting is None else self._waiting.join(piece)
+            if size is None or len(self._waiting) >= size:
+                self._write_official(read, len(piece))
+        return reads
+
+    def _write_official(self, current: ChunkRead, slice_length: int) -> None:
+        assert self._waiting is not None
+        config, queue, lookahead = self.config, self._waiting, self.config.lookahead
+        pairs = len(queue) - lookahead
+        if pairs <= 0:
+            return
+        head = queue[:pairs]
+        read = self._read(head.query)
+        error = read.read_YD - queue[lookahead:].target.flatten(0, 1)
+        weight_BC = read.read_YD.new_ones(self.batch, pairs)
+        if head.gate is not None and config.weigh_write_by_gate:
+            weight_BC = weight_BC * head.gate
+        if head.mask is not None:
+            weight_BC = weight_BC * head.mask
+        per_memory = self.batch // self.view.memories
+        samples: float | Tensor = float(per_memory * slice_length)
+        if head.mask is not None:
+            samples = head.mask.unflatten(0, (self.view.memories, -1)).sum((1, 2)).double()
+        scale = samples * (config.reads_per_token / (per_memory * pairs))
+        # Reads are counted in the current slice only; rows that it did not read are not divided.
+        position = torch.searchsorted(current.plan.slots_U, read.plan.slots_U)
+        position = position.clamp_max(current.plan.slots_U.numel() - 1)
+        found = current.plan.slots_U[position] == read.plan.slots_U
+        counts = current.plan.counts_U[position].where(found, 1)
+        read.plan = type(read.plan)(read.plan.slots_U, read.plan.inverse_XP, counts, read.plan.segments)
+        step = chunk.row_steps(read.plan, scale, error.dtype, config)
+        self._write(read, weight_BC, error, step, pairs)
+        self._waiting = queue[pairs:] if lookahead else None

@@ -1,0 +1,309 @@
+"""Fast state: the object that owns a memory layer's fast weights, and everything that may happen to them.
+
+Fast weights are neither parameters nor buffers: `.to(torch.bfloat16)`, optimizers, ZeRO, weight decay and gradient
+clipping never see them. They change only through writes, and every write can be taken back at the cost of the rows
+that it touched.
+
+Weight decay acts on all N rows of every write. It is applied lazily: true values are `scale * table`, with one
+running scale. Files hold (table, scale) as they are, so that a resumed run is bitwise the same. The scale is folded
+into the table below a threshold: the one O(N) event, counted in `num_folds`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.overlay import Overlay
+from megatron_fwpkm.memory.undo import UndoLog
+
+_FOLD_BELOW = 2.0**-20
+
+
+class MemoryView(Protocol):
+    """What a call reads and writes: the base itself or an overlay of `memories` memories over it."""
+
+    memories: int
+    keys_MH2nd: Tensor
+
+    def read_rows(self, slots_U: Tensor) -> Tensor:
+        """True values [U, D] of distinct slots, as a tensor that nothing changes afterwards."""
+        ...
+
+    def write_rows(self, slots_U: Tensor, before_UD: Tensor, change_UD: Tensor, decay: float) -> None:
+        """Set rows to decay * before + change, and decay all others."""
+        ...
+
+    def write_keys(self, keys_MH2nd: Tensor) -> None:
+        """Replace the sub-keys."""
+        ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole copy of a fast state, made by `FastState.snapshot`."""
+
+    keys_H2nd: Tensor
+    table_ND: Tensor
+    scale: float
+
+
+class FastState:
+    """Owner of K1, K2 (`keys_H2nd`) and V (`table_ND`) of one layer.
+
+    Shapes: keys [H, 2, n, k_dim / 2], table [N, D]; dtype float32 (float64 in tests). Initial values as the paper's
+    code: keys uniform in +-1 / sqrt(k_dim), values normal with standard deviation 1 / sqrt(v_dim), from `seed` alone,
+    so all replicas start equal.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the fast state is float32 (or float64 in tests), not {dtype}")
+        self.config = config
+        self.num_slots, self.v_dim = config.num_slots, config.v_dim
+        self.memories = 1
+        self.version = 0
+        self.scale = 1.0
+        self.num_folds = 0
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.empty(config.heads, 2, config.n_subkeys, config.k_dim // 2, dtype=dtype)
+        keys.uniform_(-1 / math.sqrt(config.k_dim), 1 / math.sqrt(config.k_dim), generator=generator)
+        table = torch.empty(self.num_slots, self.v_dim, dtype=dtype)
+        table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
+        self.keys_H2nd = keys.to(device)
+        self.table_ND = table.to(device)
+        self._log: UndoLog | None = None
+        self._step_overlay: Overlay | None = None
+        self._evaluation_overlay: Overlay | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or float64 in tests."""
+        return self.table_ND.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fast weights are."""
+        return self.table_ND.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the fast weights."""
+        return sum(t.numel() * t.element_size() for t in (self.keys_H2nd, self.table_ND))
+
+    def to(self, device: torch.device | str) -> FastState:
+        """Move to a device. The dtype never changes."""
+        if torch.device(device) != self.device:
+            if self._log is not None or self._evaluation_overlay is not None:
+                raise RuntimeError("the fast state can't move to another device in the middle of a step or evaluation")
+            self.keys_H2nd, self.table_ND = self.keys_H2nd.to(device), self.table_ND.to(device)
+            self._step_overlay = None
+        return self
+
+    # -- what calls read and write -------------------------------------------------------------------------------
+
+    @property
+    def keys_MH2nd(self) -> Tensor:
+        """The sub-keys as those of one memory."""
+        return self.keys_H2nd.unsqueeze(0)
+
+    def view(self, batch: int, *, training: bool) -> MemoryView:
+        """The memory that one call reads and writes, by the reset policy.
+
+        In training: the base (`carry`), this step's overlay (`per_step`) or one throw-away memory for each sequence
+        (`per_sequence`). Otherwise the overlay of the running `evaluation()`, or a throw-away one.
+        """
+        if self.config.reset == "per_sequence":
+            return Overlay(self, batch)
+        if not training:
+            return self._evaluation_overlay or Overlay(self, 1)
+        if self.config.reset == "per_step":
+            if self._step_overlay is None:
+                self._step_overlay = Overlay(self, 1)
+            return self._step_overlay
+        return self
+
+    def read_rows(self, slots_U: Tensor) -> Tensor:
+        """True values [U, D] of distinct slots, as a new tensor."""
+        rows = self.table_ND.index_select(0, slots_U)
+        return rows if self.scale == 1.0 else rows.mul_(self.scale)
+
+    def write_rows(self, slots_U: Tensor, before_UD: Tensor, change_UD: Tensor, decay: float) -> None:
+        """Set rows to decay * before + change, and decay all others by moving the scale."""
+        if self._log is not None:
+            stored = before_UD if self.scale == 1.0 else self.table_ND.index_select(0, slots_U)
+            self._log.record(slots_U, stored)
+        self.version += 1
+        if decay == 1.0 and self.scale == 1.0:
+            self.table_ND.index_add_(0, slots_U, change_UD)
+            return
+        self._decay_all(decay)
+        rows = torch.add(change_UD, before_UD, alpha=decay)
+        self.table_ND.index_copy_(0, slots_U, rows.div_(self.scale))
+
+    def replace_rows(self, slots_U: Tensor, rows_UD: Tensor, decay: float = 1.0) -> None:
+        """Set rows to the given true values, and decay all others."""
+        if self._log is not None:
+            self._log.record(slots_U, self.table_ND.index_select(0, slots_U))
+        self.version += 1
+        self._decay_all(decay)
+        self.table_ND.index_copy_(0, slots_U, rows_UD / self.scale)
+
+    def write_keys(self, keys_MH2nd: Tensor) -> None:
+        """Replace the sub-keys; the old tensor stays valid for whoever saved it."""
+        self.keys_H2nd = keys_MH2nd.squeeze(0)
+        self.version += 1
+
+    def _decay_all(self, decay: float) -> None:
+        self.scale *= decay
+        if self.scale >= _FOLD_BELOW:
+            return
+        if self._log is not None and self._log.table is None:
+            # Folding is not exactly reversible row by row, so this rare step keeps a whole copy of its start.
+            table = self.table_ND.clone()
+            for slots, rows in reversed(self._log.entries):
+                table.index_copy_(0, slots, rows)
+            self._log.table, self._log.entries = table, []
+        self.table_ND.mul_(self.scale)
+        self.scale = 1.0
+        self.num_folds += 1
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Within the context an exception takes back what was written since its start."""
+        owned = self._log is None
+        if self._log is None:
+            self._log = self._start_log()
+        log, keys, scale, version, mark = self._log, self.keys_H2nd, self.scale, self.version, len(self._log.entries)
+        had_table = log.table is not None
+        try:
+            yield
+        except BaseException:
+            if had_table == (log.table is not None):
+                log.undo(self.table_ND, keep_entries=mark)
+                self.keys_H2nd, self.scale, self.version = keys, scale, version
+            else:  # a fold happened inside the call: only the start of the step can be restored
+                self._restore(log)
+            raise
+        finally:
+            if owned:
+                self._log = None
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Start an optimizer step: from here until `commit_step` everything can be rolled back.
+
+        Raises:
+            RuntimeError: the last step was neither committed nor rolled back.
+        """
+        if self._log is not None:
+            raise RuntimeError("begin_step was called twice: commit_step or rollback_step must come between")
+        self._log = self._start_log()
+        self._step_overlay = None
+
+    def commit_step(self) -> None:
+        """Keep what the step wrote."""
+        self._log = self._step_overlay = None
+
+    def rollback_step(self) -> None:
+        """Take back everything written since `begin_step`, bitwise, at the cost of the touched rows."""
+        if self._log is None:
+            raise RuntimeError("rollback_step needs a begin_step before it")
+        self._restore(self._log)
+        self._log = self._step_overlay = None
+
+    def begin_microbatch(self) -> None:
+        """Bound the undo log: earlier calls of the step keep only the first touch of each row."""
+        if self._log is not None:
+            self._log.compact()
+
+    def _start_log(self) -> UndoLog:
+        return UndoLog(self.keys_H2nd, self.scale, self.version)
+
+    def _restore(self, log: UndoLog) -> None:
+        log.undo(self.table_ND)
+        self.keys_H2nd, self.scale = log.keys, log.scale
+        self.version += 1  # not the old number: an overlay made in between must not pass for fresh
+
+    @contextmanager
+    def evaluation(self, *, keep: bool = False) -> Iterator[None]:
+        """Within the context evaluation calls share one memory, which starts as the state is now and then is dropped.
+
+        With `keep` what they wrote becomes the state at the end (the paper's code does that).
+        """
+        if self._evaluation_overlay is not None:
+            raise RuntimeError("evaluation() is already active on this fast state")
+        overlay = self._evaluation_overlay = Overlay(self, 1)
+        try:
+            yield
+            if keep:
+                overlay.commit()
+        finally:
+            self._evaluation_overlay = None
+
+    # -- whole copies and files -----------------------------------------------------------------------------------
+
+    def values_ND(self) -> Tensor:
+        """Dense copy [N, D] of the true values. O(N)."""
+        return self.table_ND * self.scale
+
+    def snapshot(self) -> Snapshot:
+        """A whole copy, O(N)."""
+        return Snapshot(self.keys_H2nd.clone(), self.table_ND.clone(), self.scale)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bitwise back to a snapshot. Raises ValueError when shapes differ, RuntimeError in the middle of a step."""
+        self.replace(snapshot.keys_H2nd, snapshot.table_ND, snapshot.scale)
+
+    def replace(self, keys_H2nd: Tensor, table_ND: Tensor, scale: float = 1.0) -> None:
+        """Set the whole state from tensors (copied). Raises ValueError when shapes differ."""
+        if self._log is not None:
+            raise RuntimeError("the fast state can't be replaced in the middle of a step: commit or roll back first")
+        for name, old, new in (("keys", self.keys_H2nd, keys_H2nd), ("values", self.table_ND, table_ND)):
+            if old.shape != new.shape:
+                raise ValueError(f"the fast state's {name} have shape {tuple(old.shape)}, not {tuple(new.shape)}")
+        self.keys_H2nd = keys_H2nd.to(self.keys_H2nd, copy=True)
+        self.table_ND.copy_(table_ND)
+        self.scale = scale
+        self.version += 1
+        self._step_overlay = None
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the state to a file: beside, synced, then renamed, so that a crash leaves the old file or the new."""
+        from megatron_fwpkm.memory.state_file import write_state_file
+
+        if self._log is not None and self._log.entries:
+            raise RuntimeError("the fast state can only be saved between steps: commit or roll back first")
+        description = {"config": dataclasses.asdict(self.config), "scale": self.scale.hex(), "version": self.version}
+        write_state_file(Path(path), {"keys": self.keys_H2nd, "table": self.table_ND}, description, metadata or {})
+
+    def load(self, path: str | Path) -> dict[str, str]:
+        """Read a file written by `save` into this state; returns its metadata. Nothing changes when it is refused.
+
+        Raises:
+            StateFileError: missing, truncated, damaged, or of another shape.
+        """
+        from megatron_fwpkm.memory.state_file import check_state_shapes, read_state_file
+
+        tensors, description, metadata = read_state_file(Path(path))
+        check_state_shapes(Path(path), tensors, {"keys": self.keys_H2nd, "table": self.table_ND})
+        self.replace(tensors["keys"], tensors["table"], float.fromhex(description["scale"]))
+        self.version = int(description["version"])
+        return metadata
