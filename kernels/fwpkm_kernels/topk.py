@@ -68,20 +68,30 @@ def _best_sums(sub_score_GXk: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tens
     return values[..., :wanted], rank_1[position], rank_2[position]
 
 
-def _matmul_scores(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ranking values [G, X, n] from one batched product, |q|^2 [G, X, 1], and their rounding error bound [G, X, 1].
+@dataclass(frozen=True)
+class _Ranking:
+    """Ranking values from one batched product, and what is needed to judge their rounding.
 
     For idw the value is <q, k> - |k|^2 / 2, which ranks as the score does: the logarithm is taken of the chosen only.
     """
+
+    value_GXn: Tensor
+    query_square: Tensor  # [G, X, 1]
+    error: Tensor  # [G, X, 1] bound on the rounding error of a value
+    magnitude: Tensor  # [G, X, 1] |q|^2 + largest |k|^2
+
+
+def _rank(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> _Ranking:
     query_square = query_GXd.square().sum(-1, keepdim=True)
     key_square = keys_Gnd.square().sum(-1)
     largest_key = key_square.amax(-1)[:, None, None]
+    product_size = (query_square * largest_key).sqrt()
     unit = _ROUNDING_UNITS * torch.finfo(query_GXd.dtype).eps
     if score_type == "dot_product":
         value = torch.bmm(query_GXd, keys_Gnd.transpose(1, 2))
-        return value, query_square, unit * (query_square * largest_key).sqrt()
+        return _Ranking(value, query_square, unit * product_size, product_size)
     value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
-    return value, query_square, unit * (query_square + largest_key)
+    return _Ranking(value, query_square, unit * (product_size + largest_key), query_square + largest_key)
 
 
 def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) -> Tensor:
@@ -90,9 +100,14 @@ def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) ->
     return -torch.log((query_square - 2 * value).clamp_min(0).double().add(IDW_EPSILON))
 
 
-def _refine_near(
-    query_GXd: Tensor, keys_Gnd: Tensor, sub_index: Tensor, score: Tensor, magnitude: Tensor
-) -> Tensor:
+def _explicit_scores(query: Tensor, keys: Tensor, score_type: str) -> Tensor:
+    """Scores [...] of query [..., d] and keys [..., d] without cancellation: equal for equal sub-keys."""
+    if score_type == "dot_product":
+        return (query * keys).sum(-1).double()
+    return -torch.log((query - keys).square().sum(-1).double() + IDW_EPSILON)
+
+
+def _refine_near(query_GXd: Tensor, keys_Gnd: Tensor, sub_index: Tensor, score: Tensor, magnitude: Tensor) -> Tensor:
     """Scores of chosen sub-keys again by explicit differences, for queries that lie close to a sub-key.
 
     There |q|^2 + |k|^2 - 2 <q, k> cancels: its relative error is `magnitude` / squared distance units of rounding.
@@ -105,45 +120,59 @@ def _refine_near(
     for start in range(0, group.numel(), block):
         g, x = group[start : start + block], query[start : start + block]
         keys = keys_Gnd[g.unsqueeze(1), sub_index[g, x]]
-        square = (query_GXd[g, x].unsqueeze(1) - keys).square().sum(-1)
-        score[g, x] = -torch.log(square.double() + IDW_EPSILON)
+        score[g, x] = _explicit_scores(query_GXd[g, x].unsqueeze(1), keys, "idw")
     return score
 
 
-def _undecided(value: Tensor, score: Tensor, sums: Tensor, error: Tensor, score_type: str) -> Tensor:
+def _undecided(value: Tensor, score: Tensor, sums: Tensor, ranking: _Ranking, score_type: str) -> Tensor:
     """[G2, X] bool: queries one of whose deciding gaps is within the rounding error of the matrix product."""
 
     def narrow(sorted_values: Tensor, bound: Tensor) -> Tensor:
         # "not wider" instead of "narrower": an infinite or undefined gap is undecided too.
         return ~((sorted_values[..., :-1] - sorted_values[..., 1:]) > bound).all(-1)
 
-    score_error = error
-    if score_type == "idw":  # d score / d value = 2 exp(score), largest for the best sub-key
-        score_error = 2 * error * torch.exp(score[..., :1])
+    score_error = ranking.error.double()
+    if score_type == "idw":
+        # d score / d value = 2 exp(score), largest for the best sub-key. The error of |q|^2 is common to all
+        # sub-keys: only differences of the slope let it through.
+        slope = torch.exp(score[..., :1])
+        spread = slope - torch.exp(score[..., -1:])
+        unit = _ROUNDING_UNITS * torch.finfo(value.dtype).eps
+        score_error = 2 * score_error * slope + unit * ranking.query_square * spread
     by_half = score_error.unflatten(0, (-1, 2)).sum(1)
     rounding = _ROUNDING_UNITS * torch.finfo(sums.dtype).eps * sums[..., :1].abs()
-    return narrow(value, error).unflatten(0, (-1, 2)).any(1) | narrow(sums, by_half + rounding)
+    return narrow(value, ranking.error).unflatten(0, (-1, 2)).any(1) | narrow(sums, by_half + rounding)
 
 
 def _settle(
-    query_GXd: Tensor, keys_Gnd: Tensor, undecided_2X: Tensor, topk: int, score_type: str
+    query_GXd: Tensor, keys_Gnd: Tensor, ranking: _Ranking, undecided_2X: Tensor, topk: int, score_type: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores undecided queries by explicit differences. Returns (group, query, sub_index [F, 2, K], sub_score)."""
+    """Scores undecided queries by explicit differences. Returns (group, query, sub_index [F, 2, K], sub_score).
+
+    Only sub-keys that could be among the best within the rounding error are scored: a few, or all n where many tie.
+    """
     group, query = undecided_2X.nonzero(as_tuple=True)
-    query_F2d = query_GXd.unflatten(0, (-1, 2))[group, :, query]
+    n = keys_Gnd.shape[1]
     keys_by_head = keys_Gnd.unflatten(0, (-1, 2))
+    query_F2d = query_GXd.unflatten(0, (-1, 2))[group, :, query]
+    value_F2n = ranking.value_GXn.unflatten(0, (-1, 2))[group, :, query]
+    error_F21 = ranking.error.unflatten(0, (-1, 2))[group, :, query]
+    count = min(n, 4 * topk)
+    best, candidates = torch.topk(value_F2n, count, dim=-1)
+    clear = best[..., -1:] < best[..., topk - 1 : topk] - 2 * error_F21
+    if count < n and not bool(clear.all()):
+        count, candidates = n, torch.arange(n, device=group.device).expand_as(value_F2n)
+    candidates = candidates.sort(-1).values  # ascending, so that a stable sort leaves ties at the lowest index
+    halves = torch.arange(2, device=group.device).view(1, 2, 1)
     indices, scores = [], []
-    block = max(1, _SETTLE_ELEMENTS // keys_by_head[0].numel())
+    block = max(1, _SETTLE_ELEMENTS // (2 * count * query_GXd.shape[-1]))
     for start in range(0, group.numel(), block):
-        q = query_F2d[start : start + block].unsqueeze(2)
-        keys = keys_by_head[group[start : start + block]]
-        if score_type == "dot_product":
-            exact = (q * keys).sum(-1).double()
-        else:
-            exact = -torch.log((q - keys).square().sum(-1).double() + IDW_EPSILON)
-        value, index = torch.sort(exact, dim=-1, descending=True, stable=True)
-        indices.append(index[..., :topk])
-        scores.append(value[..., :topk])
+        part = slice(start, start + block)
+        keys = keys_by_head[group[part].view(-1, 1, 1), halves, candidates[part]]
+        exact = _explicit_scores(query_F2d[part].unsqueeze(2), keys, score_type)
+        score, position = torch.sort(exact, dim=-1, descending=True, stable=True)
+        indices.append(candidates[part].gather(-1, position[..., :topk]))
+        scores.append(score[..., :topk])
     return group, query, torch.cat(indices), torch.cat(scores)
 
 
@@ -152,22 +181,20 @@ def torch_product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score
     n = keys_Gnd.shape[1]
     if query_GXd.device.type == "cuda" and query_GXd.dtype == torch.float32:
         with _without_tf32():
-            value_GXn, query_square, error = _matmul_scores(query_GXd, keys_Gnd, score_type)
+            ranking = _rank(query_GXd, keys_Gnd, score_type)
     else:
-        value_GXn, query_square, error = _matmul_scores(query_GXd, keys_Gnd, score_type)
+        ranking = _rank(query_GXd, keys_Gnd, score_type)
     # One more than needed, to see whether the last choice was clear.
-    value, sub_index = torch.topk(value_GXn, min(topk + 1, n), dim=-1)
-    del value_GXn
-    score = _scores_from_values(value, query_square, score_type)
+    value, sub_index = torch.topk(ranking.value_GXn, min(topk + 1, n), dim=-1)
+    score = _scores_from_values(value, ranking.query_square, score_type)
     if score_type == "idw":
-        magnitude = error / (_ROUNDING_UNITS * torch.finfo(error.dtype).eps)
-        score = _refine_near(query_GXd, keys_Gnd, sub_index, score, magnitude)
+        score = _refine_near(query_GXd, keys_Gnd, sub_index, score, ranking.magnitude)
     sums, rank_1, rank_2 = _best_sums(score, min(topk + 1, score.shape[-1] ** 2))
-    undecided = _undecided(value, score, sums, error, score_type)
+    undecided = _undecided(value, score, sums, ranking, score_type)
     sub_index, sub_score = sub_index[..., :topk].contiguous(), score[..., :topk].contiguous()
     slot_score, rank = sums[..., :topk].contiguous(), torch.stack([rank_1[..., :topk], rank_2[..., :topk]])
     if bool(undecided.any()):
-        group, query, exact_index, exact_score = _settle(query_GXd, keys_Gnd, undecided, topk, score_type)
+        group, query, exact_index, exact_score = _settle(query_GXd, keys_Gnd, ranking, undecided, topk, score_type)
         sub_index.unflatten(0, (-1, 2))[group, :, query] = exact_index
         sub_score.unflatten(0, (-1, 2))[group, :, query] = exact_score
         best, first, second = _best_sums(exact_score.transpose(0, 1), topk)  # [F, 2, K] seen as one group of F queries

@@ -44,7 +44,7 @@ def gather_dot(rows_UD: Tensor, index_XP: Tensor, source_XD: Tensor) -> Tensor:
     queries, pairs = index_XP.shape
     if index_XP.numel() == 0:
         return source_XD.new_zeros(queries, pairs)
-    if rows_UD.device.type != "cpu":
+    if rows_UD.device.type != "cpu" or pairs > rows_UD.shape[0]:  # torch refuses patterns fuller than the matrix
         gathered_XPD = rows_UD.index_select(0, index_XP.reshape(-1)).view(queries, pairs, -1)
         return torch.bmm(gathered_XPD, source_XD.unsqueeze(-1)).squeeze(-1)
     _quiet_sparse_warnings()

@@ -150,10 +150,10 @@ def plan_subkeys(top: ProductKeyTopk, n_subkeys: int) -> SubkeyPlan:
 
 
 def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
-    """[G * n]: sums of one number for each pair, by sub-key. (index_add_ of scalars on CPU runs in order.)"""
+    """[G * n]: sums of one number for each pair, by sub-key. (bincount on CPU adds in order.)"""
     rows = plan.segments.offsets.numel() - 1
     if value_GXK.device.type == "cpu":
-        return value_GXK.new_zeros(rows).index_add_(0, plan.index_GXK.reshape(-1), value_GXK.reshape(-1))
+        return torch.bincount(plan.index_GXK.reshape(-1), value_GXK.reshape(-1), minlength=rows)
     ones = value_GXK.new_ones(value_GXK.shape[0] * value_GXK.shape[1], 1)
     return scatter_weighted_add(plan.segments, ones, value_GXK.reshape(-1, value_GXK.shape[-1])).squeeze(1)
 
@@ -168,7 +168,8 @@ class Usage:
 
     def __init__(self, top: ProductKeyTopk, memories: int, config: MemoryConfig) -> None:
         self.memories, self.heads = memories, config.heads
-        self.n_subkeys, self.loss_weight = config.n_subkeys, config.addressing_loss_weight
+        self.n_subkeys = config.n_subkeys
+        self.loss_weight = config.addressing_loss_weight if config.has_addressing_loss else 0.0
         self.share_GXK = top.sub_score.softmax(-1)
         groups, tokens, _ = top.sub_index.shape
         self.rows = tokens * config.heads
@@ -183,7 +184,7 @@ class Usage:
         bins = self.memories * 2 * self.n_subkeys
         index, value = self.bin_GXK.reshape(-1), value_GXK.reshape(-1)
         if value.device.type == "cpu":
-            return value.new_zeros(bins).index_add_(0, index, value)
+            return torch.bincount(index, value, minlength=bins)
         return scatter_weighted_add(plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1),
                                     value.unsqueeze(1)).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""One chunk of the memory: read, write, and the backward pass of both, on touched rows only (DESIGN: the central idea).
+"""One chunk of the memory: read, write, and the backward pass of both, on touched rows only.
 
 Plain functions on tensors; `functional.py` runs them over a sequence under autograd, `cache.py` at inference.
 

@@ -97,12 +97,14 @@ class _Address:
 
 def _subkey_scores(query: Tensor, keys: Tensor, config: MemoryConfig, matmul_scores: bool) -> Tensor:
     """[B, C, H, n] scores of one half: query [B, C, H, d], keys [H, n, d]."""
-    if config.score_type == "dot_product":
-        return torch.einsum("bchd,hnd->bchn", query, keys)
     if matmul_scores:
         product = torch.einsum("bchd,hnd->bchn", query, keys)
+        if config.score_type == "dot_product":
+            return product
         square = query.square().sum(-1, keepdim=True) + keys.square().sum(-1) - 2 * product
         return -torch.log(square.clamp_min(0) + IDW_EPSILON)
+    if config.score_type == "dot_product":
+        return (query.unsqueeze(3) * keys).sum(-1)
     return -torch.log((query.unsqueeze(3) - keys).square().sum(-1) + IDW_EPSILON)
 
 
@@ -165,15 +167,15 @@ def _write(
     error = read[:, :pairs] - target[:, config.lookahead :][:, :pairs]
     loss = weight * error.square().mean(-1)
 
-    samples = batch * length if mask is None else mask[:, :pairs].sum()
+    samples = batch * length if mask is None else mask[:, :pairs].sum().to(read.dtype)
     decay = 1 - config.learning_rate * config.weight_decay
     new_values = values if decay == 1 else decay * values
     if pairs:
         objective = 0.5 * (weight * error.square().sum(-1)).sum()
         (gradient,) = torch.autograd.grad(objective, values, create_graph=True)
-        counts = torch.bincount(address.slots.flatten(), minlength=config.num_slots).clamp_min(1)
+        counts = torch.bincount(address.slots.flatten(), minlength=config.num_slots).clamp_min(1).to(values.dtype)
         scale = samples * config.reads_per_token / (batch * pairs)
-        gradient = gradient * (scale / counts).to(gradient.dtype).unsqueeze(1)
+        gradient = gradient * (scale / counts).unsqueeze(1)
         if config.gradient_clip:
             gradient = gradient.clamp(-1, 1)
         new_values = torch.add(new_values, gradient, alpha=-config.learning_rate)

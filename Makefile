@@ -1,0 +1,78 @@
+# Entry points of the project; `make` alone lists them. Everything they write stays inside this folder.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# Left empty, PYTHON means the interpreter that .venv has, else python3; EXTRAS those of the last set-up, else dev.
+PYTHON ?=
+EXTRAS ?=
+PIP_ARGS ?=
+ARGS ?=
+export PYTHON EXTRAS PIP_ARGS
+
+VENV_PYTHON := .venv/bin/python
+PACKAGES := $(wildcard megatron_fwpkm kernels/fwpkm_kernels launch data_prep tests)
+
+# A test process uses two cores; processes of a distributed test use one each, or they would wait for one another.
+TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
+UNIT_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2}
+DISTRIBUTED_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1}
+
+.PHONY: help setup doctor train test test-unit test-distributed lint format bench verify clean clean-all
+
+help: ## List the targets and variables
+	@awk 'BEGIN { FS = ":.*## "; print "Usage: make TARGET [VARIABLE=value ...]\n\nTargets" } \
+	    /^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
+	@printf '\nVariables\n'
+	@printf '  %-18s%s\n' \
+	    PYTHON 'interpreter for .venv, 3.11 to 3.13 (default: python3)' \
+	    EXTRAS 'extras to install: dev (default), or dev,gpu on a machine with NVIDIA GPUs' \
+	    PIP_ARGS 'further options for pip, such as an index with builds of torch for your machine' \
+	    ARGS 'options for the command behind a target: make train ARGS="--help"'
+
+setup: ## Make .venv with the pinned packages (again only when the pins change)
+	@./.ci/setup
+
+# Not after setup: doctor is what one runs when a set-up fails.
+doctor: ## Say what works on this machine, what is missing and how to mend it
+	@if [[ -x $(VENV_PYTHON) ]]; then python=$(VENV_PYTHON); else python="$${PYTHON:-python3}"; fi; \
+	    "$$python" launch/doctor.py $(ARGS)
+
+train: setup ## Train the smallest preset on this machine; other presets: ARGS="--config ..."
+	$(VENV_PYTHON) launch/train.py --config configs/train/nano.yaml $(ARGS)
+
+test: test-unit test-distributed ## Run all tests: those in one process, then the distributed ones one by one
+
+test-unit: setup ## Run the tests that need one process
+	$(UNIT_ENV) $(VENV_PYTHON) -m pytest -m 'not distributed' $(ARGS)
+
+test-distributed: setup ## Run the tests that start several processes
+	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist $(ARGS) || [[ $$? == 5 ]] # 5: none selected
+
+lint: setup ## Check style and types (ruff, mypy); all three always run
+	@status=0; \
+	$(VENV_PYTHON) -m ruff check . || status=1; \
+	$(VENV_PYTHON) -m ruff format --check . || status=1; \
+	$(VENV_PYTHON) -m mypy $(PACKAGES) || status=1; \
+	exit $$status
+
+format: setup ## Rewrite the sources in the project's format
+	$(VENV_PYTHON) -m ruff check --fix-only .
+	$(VENV_PYTHON) -m ruff format .
+
+bench: setup ## Time the memory layer; writes build/bench/memory_layer.json
+	@mkdir -p build/bench
+	$(VENV_PYTHON) launch/bench_memory.py $(ARGS)
+
+verify: setup ## Compare the memory layer with the golden cases of the reference
+	$(VENV_PYTHON) launch/verify.py --cases tests/golden $(ARGS)
+
+clean: ## Remove build outputs and caches; runs/, data/ and .venv stay
+	rm -rf build .hypothesis ./*.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-all: clean ## Remove .venv too
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Measuring: what a run moves, how long it takes, where memory goes."""
