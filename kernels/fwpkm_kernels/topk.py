@@ -204,7 +204,7 @@ def torch_product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score
     return ProductKeyTopk(sub_index, sub_score.to(query_GXd.dtype), rank, slot, slot_score)
 
 
-class _without_tf32:  # noqa: N801 - reads as a context
+class _without_tf32:
     """Full float32 products on CUDA: idw distances cancel, so TF32's 10-bit mantissa would choose wrong slots."""
 
     def __enter__(self) -> None:

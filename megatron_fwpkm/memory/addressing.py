@@ -13,10 +13,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fwpkm_kernels import ProductKeyTopk, Segments, gather_dot, gather_weighted_sum, product_key_topk
-from fwpkm_kernels import plan_segments, scatter_weighted_add
 from torch import Tensor
 
+from fwpkm_kernels import (
+    ProductKeyTopk,
+    Segments,
+    gather_dot,
+    gather_weighted_sum,
+    plan_segments,
+    product_key_topk,
+    scatter_weighted_add,
+)
 from megatron_fwpkm.memory.config import MemoryConfig
 
 ENTROPY_EPSILON = 1e-8
@@ -185,8 +192,9 @@ class Usage:
         index, value = self.bin_GXK.reshape(-1), value_GXK.reshape(-1)
         if value.device.type == "cpu":
             return torch.bincount(index, value, minlength=bins)
-        return scatter_weighted_add(plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1),
-                                    value.unsqueeze(1)).squeeze(1)
+        return scatter_weighted_add(
+            plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1), value.unsqueeze(1)
+        ).squeeze(1)
 
     def loss_M(self) -> Tensor:
         """[M] addressing loss: weight * sum over halves of sum_j mean_j log(mean_j + eps)."""

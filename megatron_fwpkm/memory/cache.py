@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from fwpkm_kernels import ProductKeyTopk, plan_slots
 from torch import Tensor
 
+from fwpkm_kernels import ProductKeyTopk, plan_slots
 from megatron_fwpkm.memory import addressing, chunk
 from megatron_fwpkm.memory.addressing import Address, Usage
 from megatron_fwpkm.memory.chunk import ChunkRead
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import FastState
-from megatron_fwpkm.memory.functional import check_inputs
+from megatron_fwpkm.memory.inputs import check_inputs
 from megatron_fwpkm.memory.overlay import Overlay
 
 
@@ -59,10 +59,11 @@ class _Tokens:
         """These tokens, then the others. A missing mask stands for all true, a missing gate for ones."""
         gate = mask = None
         if self.gate is not None or other.gate is not None:
-            gate = torch.cat([t.query.new_ones(t.query.shape[:2]) if t.gate is None else t.gate for t in (self, other)], 1)
+            gate = torch.cat(
+                [t.query.new_ones(t.query.shape[:2]) if t.gate is None else t.gate for t in (self, other)], 1
+            )
         if self.mask is not None or other.mask is not None:
-            full = torch.cat([_all_true(t) if t.mask is None else t.mask for t in (self, other)], 1)
-            mask = full
+            mask = torch.cat([_all_true(t) if t.mask is None else t.mask for t in (self, other)], 1)
         query, target = (torch.cat(pair, 1) for pair in ((self.query, other.query), (self.target, other.target)))
         return _Tokens(query, target, gate, mask)
 

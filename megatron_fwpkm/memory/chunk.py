@@ -9,9 +9,9 @@ P = heads * topk reads of a token, U touched rows, D value width, G = M * heads 
 from dataclasses import dataclass
 
 import torch
-from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, plan_slots, scatter_weighted_add
 from torch import Tensor
 
+from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, plan_slots, scatter_weighted_add
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.addressing import Address, SubkeyPlan, Usage
 from megatron_fwpkm.memory.config import MemoryConfig

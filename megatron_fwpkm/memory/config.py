@@ -12,10 +12,8 @@ class MemoryConfigError(ValueError):
     """A memory setting is out of range; the message names the field, its value and what is allowed."""
 
 
-def _option(default: Any, doc: str, *, unit: str, source: str, minimum: float | None = None, above: float | None = None) -> Any:
-    return field(
-        default=default, metadata={"doc": doc, "unit": unit, "source": source, "minimum": minimum, "above": above}
-    )
+def _option(default: Any, doc: str, *, minimum: float | None = None, above: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above})
 
 
 @dataclass(frozen=True)
@@ -28,48 +26,36 @@ class MemoryConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, absent from the fields
 
-    heads: int = _option(1, "addressing heads H; their reads add up", unit="heads", source="semantics A.1-4", minimum=1)
-    topk: int = _option(8, "slots K that a token reads per head", unit="slots", source="semantics A.1-4", minimum=1)
-    n_subkeys: int = _option(512, "sub-keys n per half; N = n * n slots", unit="sub-keys", source="semantics A.1-4", minimum=1)
-    k_dim: int = _option(512, "query width per head; each half has k_dim / 2", unit="columns", source="semantics A.1-4", minimum=2)
-    v_dim: int = _option(512, "width D of a slot's value", unit="columns", source="semantics A.1-4", minimum=1)
+    # Behind each field: what it is [unit; where docs/semantics.md defines it].
+    heads: int = _option(1, "addressing heads H; their reads add up [heads; A.2]", minimum=1)
+    topk: int = _option(8, "slots K that a token reads per head [slots; A.2]", minimum=1)
+    n_subkeys: int = _option(512, "sub-keys n per half; N = n * n slots [sub-keys; A.2]", minimum=1)
+    k_dim: int = _option(512, "query width per head, k; each half has k / 2 [columns; A.1]", minimum=2)
+    v_dim: int = _option(512, "width D of a slot's value [columns; A.4]", minimum=1)
     chunk_size: int | Literal["sequence"] = _option(
-        512, "tokens C between writes, or 'sequence': one write after the whole input", unit="tokens", source="semantics A",
-        minimum=1,
+        512, "tokens C between writes, or the whole input [tokens; A, C]", minimum=1
     )
-    lookahead: int = _option(1, "value written for token t is that of token t + L", unit="tokens", source="semantics A.5", minimum=0)
-    score_type: Literal["idw", "dot_product"] = _option(
-        "idw", "sub-key score: -log(1e-3 + squared distance), or the product", unit="name", source="semantics A.1"
-    )
-    score_nonlinearity: Literal["softmax", "silu", "relu"] = _option(
-        "softmax", "weights of the slots read, from their scores", unit="name", source="semantics A.3"
-    )
-    temperature: float = _option(1.0, "scores are divided by it before the nonlinearity", unit="1", source="semantics A.3", above=0)
-    learning_rate: float = _option(1.0, "step size of a write", unit="1", source="semantics A.7", minimum=0)
-    weight_decay: float = _option(0.0, "decay of all slots and sub-keys, times the step size", unit="1 per write", source="semantics A.7", minimum=0)
-    gradient_clip: bool = _option(False, "clamp every element of a write's gradient to [-1, 1]", unit="flag", source="semantics A.7")
+    lookahead: int = _option(1, "L: the value written for token t is that of token t + L [tokens; A.5]", minimum=0)
+    score_type: Literal["idw", "dot_product"] = _option("idw", "sub-key score: inverse distance or product [name; A.1]")
+    score_nonlinearity: Literal["softmax", "silu", "relu"] = _option("softmax", "scores to slot weights [name; A.3]")
+    temperature: float = _option(1.0, "scores are divided by it before the nonlinearity [1; A.3]", above=0)
+    learning_rate: float = _option(1.0, "step size of a write [1; A.7]", minimum=0)
+    weight_decay: float = _option(0.0, "decay of all slots and sub-keys, times step size [1 per write; A.7]", minimum=0)
+    gradient_clip: bool = _option(False, "clamp every element of a write's gradient to [-1, 1] [flag; A.7]")
     addressing_loss: Literal["marginal_entropy", "none"] = _option(
-        "marginal_entropy", "loss that moves the sub-keys: maximizes the entropy of mean usage", unit="name", source="semantics A.8"
+        "marginal_entropy", "what moves the sub-keys [name; A.8]"
     )
-    addressing_loss_weight: float = _option(1.0, "weight of the addressing loss", unit="1", source="semantics A.8", minimum=0)
-    values_only: bool = _option(True, "the memory loss moves values only, not sub-keys too", unit="flag", source="semantics A.9")
-    key_gradient: Literal["exact", "official"] = _option(
-        "exact", "outer gradient of values_only=False: the true one, or the paper's code's", unit="name", source="semantics G.2"
-    )
-    weigh_write_by_gate: bool = _option(True, "the gate weighs the write", unit="flag", source="semantics A.5")
-    fuse_output_by_gate: bool = _option(True, "output g * read + (1 - g) * value instead of the read alone", unit="flag", source="semantics D")
-    normalize_value: bool = _option(True, "z-score the value over its columns", unit="flag", source="semantics D")
-    gate_outputs: int = _option(8, "outputs of the gate's projection, averaged before the sigmoid", unit="outputs", source="semantics D", minimum=1)
-    reset: Literal["carry", "per_step", "per_sequence"] = _option(
-        "carry", "when training forgets: never, at every step, or a fresh memory for each sequence", unit="name", source="semantics A"
-    )
-    cache_mode: Literal["aligned", "official"] = _option(
-        "aligned", "inference: writes at absolute positions, or as the paper's code does", unit="name", source="semantics C, G.5"
-    )
-    cache_memory: Literal["per_sequence", "shared"] = _option(
-        "per_sequence", "inference: one memory for each sequence of a batch, or one for all", unit="name", source="semantics G.10"
-    )
-    check_finite: bool = _option(False, "raise an error for NaN or infinity in the inputs (costs a host sync)", unit="flag", source="ours")
+    addressing_loss_weight: float = _option(1.0, "weight of the addressing loss [1; A.8]", minimum=0)
+    values_only: bool = _option(True, "the memory loss moves values only, not sub-keys too [flag; A.9]")
+    key_gradient: Literal["exact", "official"] = _option("exact", "outer gradient if not values_only [name; G.2]")
+    weigh_write_by_gate: bool = _option(True, "the gate weighs the write [flag; A.5]")
+    fuse_output_by_gate: bool = _option(True, "output g * read + (1 - g) * value, not the read alone [flag; D]")
+    normalize_value: bool = _option(True, "z-score the value over its columns [flag; D]")
+    gate_outputs: int = _option(8, "gate projection outputs, averaged before the sigmoid [outputs; D]", minimum=1)
+    reset: Literal["carry", "per_step", "per_sequence"] = _option("carry", "when training forgets [name; A]")
+    cache_mode: Literal["aligned", "official"] = _option("aligned", "where inference writes [name; C]")
+    cache_memory: Literal["per_sequence", "shared"] = _option("per_sequence", "memories at inference [name; C]")
+    check_finite: bool = _option(False, "refuse NaN and infinity in inputs, at the cost of a host sync [flag; ours]")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -113,11 +99,10 @@ class MemoryConfig:
 
     @classmethod
     def describe(cls) -> str:
-        """One line for each field: name, default, what it does, unit and source."""
+        """One line for each field: name, default, what it is [unit; section of docs/semantics.md]."""
         lines = []
         for option in fields(cls):
-            doc = option.metadata
-            lines.append(f"{option.name} = {option.default!r}: {doc['doc']} [{doc['unit']}; {doc['source']}]")
+            lines.append(f"{option.name} = {option.default!r}: {option.metadata['doc']}")
         return "\n".join(lines)
 
 

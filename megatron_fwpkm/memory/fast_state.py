@@ -33,7 +33,11 @@ class MemoryView(Protocol):
     """What a call reads and writes: the base itself or an overlay of `memories` memories over it."""
 
     memories: int
-    keys_MH2nd: Tensor
+
+    @property
+    def keys_MH2nd(self) -> Tensor:
+        """Sub-keys of each memory; never written in place."""
+        ...
 
     def read_rows(self, slots_U: Tensor) -> Tensor:
         """True values [U, D] of distinct slots, as a tensor that nothing changes afterwards."""

@@ -209,6 +209,7 @@ def _replay_cached(case: _Case) -> None:
         cache.trace = trace = CacheTrace()
         part = (None if t is None else t[:, piece] for t in (query, target, gate, mask))
         outputs.append(cache(*part))  # type: ignore[arg-type]
+        assert trace.slots_BTHK is not None and trace.weights_BTHK is not None
         slots.append(trace.slots_BTHK)
         weights.append(trace.weights_BTHK)
         start += length
@@ -218,7 +219,9 @@ def _replay_cached(case: _Case) -> None:
             case.result.arrays.append(ArrayResult(f"wrote_{call}", 1.0, 0.0))
         if wrote:
             case.compare(f"losses_{call}", torch.cat(trace.losses, 1))
-            case.compare_state(f"keys_after_{call}", f"values_after_{call}", cache.view.keys_MH2nd, cache.view.values_ND())
+            case.compare_state(
+                f"keys_after_{call}", f"values_after_{call}", cache.view.keys_MH2nd, cache.view.values_ND()
+            )
             if logged is not None and logged["addr_loss"] is not None:
                 name = f"addr_loss_{call}"
                 case.arrays[name] = torch.tensor(logged["addr_loss"], dtype=torch.float64)

@@ -28,7 +28,7 @@ class Overlay:
 
     def __init__(self, base: FastState, memories: int) -> None:
         self.base, self.memories = base, memories
-        self.keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
+        self._keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
         self._base_version = base.version
         self._base_factor = base.scale  # what an untouched row is multiplied with
         self._factor = 1.0  # what a stored row is multiplied with
@@ -36,6 +36,11 @@ class Overlay:
         self._slots = torch.empty(0, dtype=torch.int64, device=base.device)
         self._rows = torch.empty(0, base.v_dim, dtype=base.dtype, device=base.device)
         self._count = 0
+
+    @property
+    def keys_MH2nd(self) -> Tensor:
+        """Sub-keys [M, H, 2, n, d] of each memory."""
+        return self._keys_MH2nd
 
     @property
     def num_touched(self) -> int:
@@ -98,7 +103,7 @@ class Overlay:
 
     def write_keys(self, keys_MH2nd: Tensor) -> None:
         """Replace the sub-keys."""
-        self.keys_MH2nd = keys_MH2nd
+        self._keys_MH2nd = keys_MH2nd
 
     def _reserve(self, rows: int) -> None:
         if rows <= self._slots.numel():
@@ -112,7 +117,7 @@ class Overlay:
 
     def clear(self) -> None:
         """Forget everything written; the memories are the base's again."""
-        self.keys_MH2nd = self.base.keys_H2nd.unsqueeze(0).expand(self.memories, -1, -1, -1, -1)
+        self._keys_MH2nd = self.base.keys_H2nd.unsqueeze(0).expand(self.memories, -1, -1, -1, -1)
         self._base_version, self._base_factor, self._factor = self.base.version, self.base.scale, 1.0
         self._count = 0
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fwpkm_kernels import gather_dot, gather_weighted_sum, plan_slots, product_key_topk, scatter_weighted_add
 from torch import Tensor, nn
 
+from fwpkm_kernels import gather_dot, gather_weighted_sum, plan_slots, product_key_topk, scatter_weighted_add
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.norms import RMSNorm
@@ -109,9 +109,7 @@ class PKMLayer(nn.Module):
     1 / sqrt(v_dim), the query projection Xavier-uniform, the others normal with deviation 1 / sqrt(hidden_size).
     """
 
-    def __init__(
-        self, hidden_size: int, config: PKMConfig, *, linear: Callable[..., nn.Module] = nn.Linear
-    ) -> None:
+    def __init__(self, hidden_size: int, config: PKMConfig, *, linear: Callable[..., nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.config, self.hidden_size = config, hidden_size
         width = config.heads * config.k_dim
@@ -148,7 +146,7 @@ class PKMLayer(nn.Module):
         return self.output_projection(read * nn.functional.silu(self.gate_projection(x_BTE)))
 
     def num_parameters(self) -> dict[str, int]:
-        """Numbers: slow (all trained), fast (none), and slow ones that a token uses (of the values only the rows read)."""
+        """Numbers: slow (all trained), fast (none), and slow ones that a token uses (of the values the rows read)."""
         slow = sum(p.numel() for p in self.parameters())
         idle = self.values.numel() - self.config.heads * self.config.topk * self.config.v_dim
         return {"slow": slow, "fast": 0, "slow_active_per_token": slow - idle}

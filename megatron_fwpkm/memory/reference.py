@@ -8,10 +8,10 @@ from one matrix product and `torch.topk` (ties in any order), as a competent imp
 from dataclasses import dataclass
 
 import torch
-from fwpkm_kernels.reference import stable_topk
-from fwpkm_kernels.topk import IDW_EPSILON
 from torch import Tensor
 
+from fwpkm_kernels.reference import stable_topk
+from fwpkm_kernels.topk import IDW_EPSILON
 from megatron_fwpkm.memory.config import MemoryConfig
 
 ENTROPY_EPSILON = 1e-8

@@ -28,7 +28,7 @@ def _checksum(tensors: dict[str, Tensor], description: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -91,7 +91,9 @@ def read_state_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
     if metadata.get("format") != FORMAT or set(tensors) != {"keys", "table"}:
         raise StateFileError(f"{path} is not a fast-state file of format {FORMAT} (it says {metadata.get('format')!r})")
     if _checksum(tensors, metadata.get("description", "")) != metadata.get("checksum"):
-        raise StateFileError(f"the checksum of the fast-state file {path} does not match: damaged; use another checkpoint")
+        raise StateFileError(
+            f"the checksum of the fast-state file {path} does not match: damaged; use another checkpoint"
+        )
     return tensors, json.loads(metadata["description"]), json.loads(metadata.get("user", "{}"))
 
 

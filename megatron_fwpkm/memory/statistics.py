@@ -7,9 +7,9 @@ choice of moment. Slot use is kept as the distinct slots and counts of each chun
 from __future__ import annotations
 
 import torch
-from fwpkm_kernels import SlotPlan
 from torch import Tensor
 
+from fwpkm_kernels import SlotPlan
 from megatron_fwpkm.memory.config import MemoryConfig
 
 GATE_BINS = 10

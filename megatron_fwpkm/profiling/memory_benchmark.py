@@ -131,7 +131,7 @@ def measure_row(settings: BenchmarkSettings, path: str, n: int) -> BenchmarkRow:
         both()
     trace = MemoryTrace()
     with torch.no_grad():
-        fast_memory(*leaves[:3], None, state, config, trace=trace)
+        fast_memory(leaves[0], leaves[1], leaves[2], None, state, config, trace=trace)
     assert trace.slots_BTHK is not None
     per_chunk = [int(piece.unique().numel()) for piece in trace.slots_BTHK.split(settings.chunk, 1)]
     touched = sum(per_chunk)
@@ -247,7 +247,11 @@ def _ratios(rows: list[BenchmarkRow]) -> list[str]:
                 f"{row.bytes_moved / mine.bytes_moved:.0f}x fewer bytes moved"
             )
     largest = max(fast)
-    lines += [f"n = {largest} takes {fast[largest].total_s / row.total_s:.2f}x the time of n = {n}" for n, row in fast.items() if n < largest]
+    lines += [
+        f"n = {largest} takes {fast[largest].total_s / row.total_s:.2f}x the time of n = {n}"
+        for n, row in fast.items()
+        if n < largest
+    ]
     lines += [f"n = {n}: {row.bytes_moved / row.bytes_floor:.2f}x the floor of bytes" for n, row in fast.items()]
     return lines
 

@@ -1,7 +1,12 @@
 """The sparse operations against their references on random shapes."""
 
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fwpkm_kernels import (
     available_backends,
     gather_dot,
@@ -14,8 +19,6 @@ from fwpkm_kernels import (
     scatter_weighted_add,
     use_backend,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 sizes = st.integers(1, 9)
 
@@ -29,21 +32,17 @@ def test_sums_and_dots(rows: int, queries: int, pairs: int, width: int, seed: in
     index = torch.randint(0, rows, (queries, pairs), generator=generator)
     weight = torch.randn(queries, pairs, generator=generator, dtype=dtype)
     source = torch.randn(queries, width, generator=generator, dtype=dtype)
-    close = {"rtol": tolerance, "atol": tolerance}
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     summed = reference.gather_weighted_sum(table, index, weight)
-    torch.testing.assert_close(gather_weighted_sum(table, index, weight), summed, **close)
-    torch.testing.assert_close(gather_dot(table, index, source), reference.gather_dot(table, index, source), **close)
+    close(gather_weighted_sum(table, index, weight), summed)
+    close(gather_dot(table, index, source), reference.gather_dot(table, index, source))
     scattered = reference.scatter_weighted_add(rows, index, source, weight)
-    torch.testing.assert_close(
-        scatter_weighted_add(plan_segments(index, rows), source, weight), scattered, **close
-    )
+    close(scatter_weighted_add(plan_segments(index, rows), source, weight), scattered)
     plan = plan_slots(index)
     assert torch.equal(plan.slots_U, index.unique())
     assert torch.equal(plan.slots_U[plan.inverse_XP], index)
     assert torch.equal(plan.counts_U, torch.bincount(index.flatten(), minlength=rows)[plan.slots_U])
-    torch.testing.assert_close(
-        scatter_weighted_add(plan.segments, source, weight), scattered[plan.slots_U], **close
-    )
+    close(scatter_weighted_add(plan.segments, source, weight), scattered[plan.slots_U])
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,7 +58,15 @@ def test_sums_and_dots(rows: int, queries: int, pairs: int, width: int, seed: in
     data=st.data(),
 )
 def test_product_key_topk(
-    n: int, half: int, queries: int, heads: int, score_type: str, duplicates: int, near: float, seed: int, data: st.DataObject
+    n: int,
+    half: int,
+    queries: int,
+    heads: int,
+    score_type: str,
+    duplicates: int,
+    near: float,
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     """Same slots in the same order as stable sorting, also with equal sub-keys; scores to rounding."""
     topk = data.draw(st.integers(1, n))
@@ -106,7 +113,9 @@ def test_empty_inputs() -> None:
     table, index = torch.randn(3, 4), torch.zeros(0, 2, dtype=torch.int64)
     assert gather_weighted_sum(table, index, torch.zeros(0, 2)).shape == (0, 4)
     assert gather_dot(table, index, torch.zeros(0, 4)).shape == (0, 2)
-    assert torch.equal(scatter_weighted_add(plan_segments(index, 3), torch.zeros(0, 4), torch.zeros(0, 2)), torch.zeros(3, 4))
+    assert torch.equal(
+        scatter_weighted_add(plan_segments(index, 3), torch.zeros(0, 4), torch.zeros(0, 2)), torch.zeros(3, 4)
+    )
 
 
 def test_backends_are_chosen_by_name() -> None:

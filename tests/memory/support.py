@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_fwpkm.memory import FastState, MemoryConfig, MemoryTrace, fast_memory
+from megatron_fwpkm.memory.fast_state import MemoryView
 from megatron_fwpkm.memory.reference import ReferenceOutput, reference_memory
 
 
@@ -28,7 +29,8 @@ class Inputs:
         return {name: t.detach().clone().requires_grad_() for name, t in named.items() if t is not None}
 
     def __getitem__(self, piece: Any) -> Inputs:
-        return Inputs(*(None if t is None else t[piece] for t in (self.query, self.target, self.gate, self.mask)))
+        gate = None if self.gate is None else self.gate[piece]
+        return Inputs(self.query[piece], self.target[piece], gate, None if self.mask is None else self.mask[piece])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.query, self.target, self.gate, self.mask
@@ -80,6 +82,11 @@ def configs(draw: st.DrawFn, **fixed: Any) -> MemoryConfig:
         "weigh_write_by_gate": draw(st.booleans()),
     }
     return MemoryConfig(**(settings | fixed))
+
+
+def remember(leaves: dict[str, Tensor], mask: Tensor | None, view: MemoryView, config: MemoryConfig) -> Tensor:
+    """One call of the memory on leaves made by `Inputs.leaves`."""
+    return fast_memory(leaves["query"], leaves["target"], leaves.get("gate"), mask, view, config)
 
 
 @dataclass

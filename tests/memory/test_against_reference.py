@@ -3,10 +3,11 @@
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.memory.support import assert_same, clone_state, configs, make_inputs, run_fast, run_reference
 
 from megatron_fwpkm.memory import FastState, MemoryConfig, fast_memory
+from megatron_fwpkm.memory.overlay import Overlay
 from megatron_fwpkm.memory.reference import reference_memory
+from tests.memory.support import Inputs, assert_same, clone_state, configs, make_inputs, run_fast, run_reference
 
 relaxed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 brief = settings(relaxed, max_examples=40)
@@ -26,14 +27,18 @@ def test_call_equals_reference(
 ) -> None:
     state = FastState(config, seed=seed, dtype=torch.float64)
     inputs = make_inputs(config, batch, tokens, seed + 1, gates=gates, mask=mask)
-    cotangent = torch.randn(batch, tokens, config.v_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    cotangent = torch.randn(
+        batch, tokens, config.v_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     wanted = run_reference(config, state, inputs, cotangent)
     found = run_fast(config, state, inputs, cotangent)
     assert_same(found, wanted)
 
 
 @brief
-@given(config=configs(), batch=st.integers(1, 3), tokens=st.integers(1, 19), mask=st.booleans(), seed=st.integers(0, 2**31))
+@given(
+    config=configs(), batch=st.integers(1, 3), tokens=st.integers(1, 19), mask=st.booleans(), seed=st.integers(0, 2**31)
+)
 def test_memory_per_sequence_equals_one_call_each(
     config: MemoryConfig, batch: int, tokens: int, mask: bool, seed: int
 ) -> None:
@@ -43,6 +48,7 @@ def test_memory_per_sequence_equals_one_call_each(
     cotangent = torch.randn(batch, tokens, config.v_dim, dtype=torch.float64)
     leaves = inputs.leaves()
     view = state.view(batch, training=True)
+    assert isinstance(view, Overlay)
     fast_memory(leaves["query"], leaves["target"], leaves["gate"], inputs.mask, view, config).backward(cotangent)
     for b in range(batch):
         single = slice(b, b + 1)
@@ -132,7 +138,8 @@ def test_float32_stays_close_to_float64() -> None:
     wide = FastState(config, dtype=torch.float64)
     wide.replace(state.keys_H2nd, state.table_ND)
     inputs = make_inputs(config, 2, 256, 1, dtype=torch.float32)
-    doubled = type(inputs)(*(t.double() if t is not None and t.is_floating_point() else t for t in inputs.tensors()))
+    assert inputs.gate is not None
+    doubled = Inputs(inputs.query.double(), inputs.target.double(), inputs.gate.double(), None)
     cotangent = torch.randn(2, 256, 32, generator=torch.Generator().manual_seed(2))
     found = run_fast(config, state, inputs, cotangent).arrays
     wanted = run_fast(config, wide, doubled, cotangent.double()).arrays

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.memory.support import make_inputs
 
 from megatron_fwpkm.memory import FastState, MemoryCache, MemoryConfig, MemoryConfigError, fast_memory
+from tests.memory.support import make_inputs
 
 CONFIG = MemoryConfig(n_subkeys=8, topk=3, k_dim=8, v_dim=5, chunk_size=4)
 
@@ -56,9 +56,12 @@ def test_bad_inputs_are_named(change: dict[str, torch.Tensor], message: str) -> 
     parts = dict(zip(("query", "target", "gate", "mask"), make_inputs(CONFIG, 2, 6, 0).tensors(), strict=True)) | change
     state = FastState(CONFIG)
     table = state.table_ND.clone()
-    for call in (lambda: fast_memory(*parts.values(), state, CONFIG), lambda: MemoryCache(state, 2)(*parts.values())):
-        with pytest.raises(ValueError, match=message):
-            call()
+    query, target, gate, mask = parts.values()
+    assert query is not None and target is not None
+    with pytest.raises(ValueError, match=message):
+        fast_memory(query, target, gate, mask, state, CONFIG)
+    with pytest.raises(ValueError, match=message):
+        MemoryCache(state, 2)(query, target, gate, mask)
     assert torch.equal(table, state.table_ND)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.memory.support import configs, make_inputs
 
 from megatron_fwpkm.memory import FastState, FwPKMLayer, MemoryConfig, StateFileError, fast_memory
 from megatron_fwpkm.profiling.traffic import RowTraffic
+from tests.memory.support import configs, make_inputs
 
 CONFIG = MemoryConfig(n_subkeys=8, topk=3, k_dim=8, v_dim=5, chunk_size=4, heads=2)
 
@@ -139,7 +139,7 @@ def test_evaluation_in_the_middle_of_a_step() -> None:
 
 @pytest.mark.parametrize("reset", ["per_step", "per_sequence"])
 def test_reset_policies_forget(reset: str) -> None:
-    config = dataclasses.replace(CONFIG, reset=reset)
+    config = dataclasses.replace(CONFIG, reset=reset)  # type: ignore[arg-type]
     state = FastState(config, seed=1)
     before = bits(state)
     state.begin_step()
@@ -158,7 +158,13 @@ def test_reset_policies_forget(reset: str) -> None:
 def test_steps_resets_evaluation_and_rollback_touch_only_touched_rows(reset: str, weight_decay: float) -> None:
     """Nothing of the table's size is made or passed over: 65536 slots, 64 tokens."""
     config = MemoryConfig(
-        n_subkeys=256, topk=4, k_dim=16, v_dim=64, chunk_size=16, reset=reset, weight_decay=weight_decay
+        n_subkeys=256,
+        topk=4,
+        k_dim=16,
+        v_dim=64,
+        chunk_size=16,
+        reset=reset,  # type: ignore[arg-type]
+        weight_decay=weight_decay,
     )
     layer = FwPKMLayer(8, config)
     hidden = torch.randn(2, 32, 8)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tests.memory.support import clone_state, make_inputs
 
 from megatron_fwpkm.memory import FastState, FwPKMLayer, MemoryConfig, fast_memory
+from tests.memory.support import clone_state, make_inputs, remember
 
-CONFIG = MemoryConfig(n_subkeys=8, topk=3, k_dim=8, v_dim=5, chunk_size=4, heads=2, weight_decay=0.1, gradient_clip=True)
+CONFIG = MemoryConfig(
+    n_subkeys=8, topk=3, k_dim=8, v_dim=5, chunk_size=4, heads=2, weight_decay=0.1, gradient_clip=True
+)
 
 
 def backward_in_order(schedule: str) -> tuple[list[dict[str, torch.Tensor]], FastState]:
@@ -19,7 +21,7 @@ def backward_in_order(schedule: str) -> tuple[list[dict[str, torch.Tensor]], Fas
         if action[0] == "F":
             inputs = make_inputs(CONFIG, 2, 14, index, mask=True)
             leaves[index] = inputs.leaves()
-            reads[index] = fast_memory(*leaves[index].values(), inputs.mask, state, CONFIG)
+            reads[index] = remember(leaves[index], inputs.mask, state, CONFIG)
         else:
             generator = torch.Generator().manual_seed(100 + index)
             cotangent = torch.randn(reads[index].shape, dtype=torch.float64, generator=generator)
@@ -52,7 +54,7 @@ def test_rollback_before_backward_does_not_change_gradients() -> None:
         state = FastState(CONFIG, seed=1, dtype=torch.float64)
         leaves = inputs.leaves()
         state.begin_step()
-        read = fast_memory(*leaves.values(), None, state, CONFIG)
+        read = remember(leaves, None, state, CONFIG)
         if rolled_back:
             state.rollback_step()
         read.square().sum().backward()
@@ -64,9 +66,9 @@ def test_rollback_before_backward_does_not_change_gradients() -> None:
 def test_no_gradient_flows_into_an_earlier_call() -> None:
     state = FastState(CONFIG, seed=1, dtype=torch.float64)
     first = make_inputs(CONFIG, 2, 12, 0).leaves()
-    fast_memory(*first.values(), None, state, CONFIG)
+    remember(first, None, state, CONFIG)
     second = make_inputs(CONFIG, 2, 12, 1).leaves()
-    fast_memory(*second.values(), None, state, CONFIG).sum().backward()
+    remember(second, None, state, CONFIG).sum().backward()
     assert all(leaf.grad is None for leaf in first.values())
     assert all(leaf.grad is not None for leaf in second.values())
 
@@ -83,7 +85,7 @@ def test_recomputation_inside_backward_is_refused() -> None:
 
 def test_second_backward_is_refused_as_torch_does() -> None:
     state = FastState(CONFIG, seed=1, dtype=torch.float64)
-    read = fast_memory(*make_inputs(CONFIG, 2, 12, 0).leaves().values(), None, state, CONFIG)
+    read = remember(make_inputs(CONFIG, 2, 12, 0).leaves(), None, state, CONFIG)
     read.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         read.sum().backward()
@@ -95,5 +97,5 @@ def test_without_gradients_the_state_is_written_all_the_same() -> None:
     inputs = make_inputs(CONFIG, 2, 12, 0)
     with torch.no_grad():
         fast_memory(*inputs.tensors(), state, CONFIG)
-    fast_memory(*inputs.leaves().values(), None, other, CONFIG)
+    remember(inputs.leaves(), None, other, CONFIG)
     assert torch.equal(state.values_ND(), other.values_ND())
