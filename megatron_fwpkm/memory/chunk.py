@@ -118,15 +118,15 @@ def write_values(
 ) -> ChunkWrite:
     """One step of the memory loss on the rows that were read (semantics A.6-7)."""
     decay = 1 - config.learning_rate * config.weight_decay
-    pair_weight = read.address.weight_YP * weight_Y.unsqueeze(1)
-    change_UD = scatter_weighted_add(read.plan.segments, error_YD, pair_weight)
+    # The step goes into the weights of the pairs: one pass over the rows less.
+    pair_weight = read.address.weight_YP * weight_Y.unsqueeze(1) * step_U[read.plan.inverse_XP]
     unclipped = None
     if config.gradient_clip and config.learning_rate > 0:
-        change_UD.mul_((step_U / config.learning_rate).unsqueeze(1))
+        change_UD = scatter_weighted_add(read.plan.segments, error_YD, pair_weight / config.learning_rate)
         unclipped = change_UD.abs() <= 1
         change_UD.clamp_(-1, 1).mul_(-config.learning_rate)
     else:
-        change_UD.mul_(step_U.neg().unsqueeze(1))
+        change_UD = scatter_weighted_add(read.plan.segments, error_YD, -pair_weight)
     view.write_rows(read.plan.slots_U, read.rows_UD, change_UD, decay)
     return ChunkWrite(weight_Y, error_YD, step_U, unclipped, decay)
 

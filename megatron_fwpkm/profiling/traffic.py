@@ -22,7 +22,7 @@ _ROW_INDEXED = {
 
 
 class RowTraffic(TorchDispatchMode):
-    """Counts bytes of all operands and results of operations on tensors whose last axis is `width`.
+    """Counts bytes of all operands and results of operations on matrices of rows of `width` columns.
 
     An operation that addresses rows of a table counts the addressed rows, once for each time they are addressed (and
     twice when it reads and writes them); everything else counts whole tensors. Views count nothing. So a dense pass
@@ -50,7 +50,7 @@ class RowTraffic(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         new = [t for t in results if all(t is not operand for operand in operands)]
         self.largest_result = max([self.largest_result, *(t.numel() for t in new)])
-        if not any(t.dim() > 1 and t.shape[-1] == self.width for t in operands + results):
+        if not any(t.dim() == 2 and t.shape[-1] == self.width for t in operands + results):
             return result
         moved = sum(_bytes(t) for t in operands) + sum(_bytes(t) for t in new)
         if name in _ROW_INDEXED:
