@@ -1,0 +1,50 @@
+"""Train a model: prepares data, starts the processes it needs, resumes by itself."""
+
+import os
+import sys
+from pathlib import Path
+
+# Let the repository be found from a checkout too, and keep this folder's file names from hiding other modules.
+_ROOT = Path(__file__).resolve().parents[1]
+if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "launch":
+    sys.path[0:1] = [str(_ROOT), str(_ROOT / "kernels")]
+
+import typer  # noqa: E402
+
+from megatron_fwpkm.errors import SharedUserError, UserError  # noqa: E402
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Path = typer.Option(Path("configs/train/nano.yaml"), help="Training configuration (YAML)."),
+    overrides: list[str] = typer.Argument(None, help="key.sub=value pairs that override the file."),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Given by the deepspeed launcher; unused."),
+) -> None:
+    """Train. Under torchrun or the deepspeed launcher this is one process of the job; otherwise it starts them."""
+    from megatron_fwpkm.config import load_train_config
+    from megatron_fwpkm.parallel.topology import started_by_launcher
+    from megatron_fwpkm.train.job import prepare_data, run_job
+    from megatron_fwpkm.train.launcher import report_user_error, start_processes
+
+    try:
+        settings = load_train_config(config, overrides or [])
+        if started_by_launcher():
+            run_job(settings)
+            return
+        prepare_data(settings, report=lambda line: print(line, flush=True))
+        status = start_processes(sys.argv, settings.parallel.processes)
+    except UserError as error:
+        if isinstance(error, SharedUserError):
+            if report_user_error(str(error)):
+                return
+            if os.environ.get("RANK") != "0":
+                raise typer.Exit(2) from None
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+if __name__ == "__main__":
+    app()

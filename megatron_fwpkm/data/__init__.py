@@ -1,0 +1,1 @@
+"""Sources, tokenizing, MDS shards and streaming loaders."""

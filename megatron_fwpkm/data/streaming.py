@@ -1,0 +1,161 @@
+"""Reading token shards with mosaicml-streaming: each data-parallel rank its own share, resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_fwpkm.errors import UserError
+
+_operator_library: list[Any] = []
+"""Keeps the operator definitions below alive; torch drops them with the object."""
+
+_CANONICAL_NODES = 1
+"""Into how many parts the order of samples is divided; fixed, so that it depends on the seed alone."""
+
+_SEGMENT_NUMBERS = 900_000
+"""Names of shared memory have six digits."""
+
+
+@functools.cache
+def import_streaming() -> ModuleType:
+    """Import mosaicml-streaming, on machines too where torchvision's compiled operators can't load.
+
+    streaming imports transformers, which imports torchvision, which registers fake versions of two operators at
+    import. With a CPU build of torch beside another build of torchvision these operators don't exist and the import
+    fails; defining their schemas is enough, because nothing here calls them.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass  # not installed: transformers then does without
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _operator_library.append(library)
+    import streaming
+
+    return streaming
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One microbatch: int64 token ids [B, T] and the ids that follow them."""
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on a device."""
+        return TokenBatch(self.tokens_BT.to(device), self.labels_BT.to(device))
+
+
+class TokenLoader:
+    """Endless microbatches of one split, one share per rank, with a cursor that can be saved and restored.
+
+    Samples are [T + 1] tokens; a batch has the first T as input and the last T as labels. Shards are unpacked from
+    `folder`, which is never changed, into `cache` (checked against their hashes on the way), which one machine's
+    ranks share. Needs the process group of torch.distributed if there are several ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        streaming = import_streaming()
+        _number_segments_after(cache)
+        self._dataset = streaming.StreamingDataset(
+            remote=str(folder),
+            local=str(cache),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            num_canonical_nodes=_CANONICAL_NODES,
+            validate_hash="xxh64",
+        )
+        self._loader = streaming.StreamingDataLoader(
+            self._dataset,
+            batch_size=batch_size,
+            num_workers=workers,
+            drop_last=True,
+            collate_fn=_collate,
+            persistent_workers=False,
+        )
+        self._folder = folder
+        self._epoch: Iterator[TokenBatch] | None = None
+        # Always state where to start: streaming would otherwise take the cursor from any shared memory it finds
+        # under the name it uses, a killed job's too. Every rank writes the same bytes before it reads them.
+        beginning = {
+            "epoch": 0,
+            "sample_in_epoch": 0,
+            "num_canonical_nodes": _CANONICAL_NODES,
+            "shuffle_seed": seed,
+            "initial_physical_nodes": streaming.base.world.World.detect().num_nodes,
+        }
+        if streaming.base.world.World.detect().is_local_leader:
+            self.load_state_dict(beginning)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # two ranks that create one segment at the same moment can fail
+        self.load_state_dict(beginning)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        for _ in range(3):
+            if self._epoch is None:
+                self._epoch = self._one_epoch()
+            batch = next(self._epoch, None)
+            if batch is not None:
+                return batch
+            self._epoch = None  # at its end, or resumed exactly at the end of an epoch
+        raise UserError(
+            f"{self._folder} has too few sequences for one batch on every rank; lower training.micro_batch_size or "
+            f"prepare more documents"
+        )
+
+    def _one_epoch(self) -> Iterator[TokenBatch]:
+        for tokens in self._loader:
+            yield TokenBatch(tokens[:, :-1], tokens[:, 1:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where reading stands: call it on every rank between batches; all ranks hold the same."""
+        return dict(self._loader.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved cursor, on all ranks; the next batch starts there."""
+        self._epoch = None
+        self._loader.load_state_dict(state)
+
+
+def _number_segments_after(cache: Path) -> None:
+    """Make streaming look for free names of shared memory from a number that belongs to this cache folder.
+
+    It looks from 0 otherwise, on every rank by itself: jobs of one machine that start or end at the same moment could
+    then get in each other's way, and a killed job's segments in everybody's.
+    """
+    prefix: Any = importlib.import_module("streaming.base.shared.prefix")
+    digest = hashlib.sha256(str(cache.resolve()).encode()).digest()
+    first = int.from_bytes(digest[:8], "big") % _SEGMENT_NUMBERS
+    prefix._each_prefix_int = lambda: itertools.count(first)
+
+
+def _collate(samples: list[dict[str, Any]]) -> torch.Tensor:
+    import numpy
+
+    return torch.from_numpy(numpy.stack([sample["tokens"] for sample in samples]).astype(numpy.int64))

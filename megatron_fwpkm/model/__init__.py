@@ -1,0 +1,1 @@
+"""The decoder: attention, MLP, blocks, embedding and head."""

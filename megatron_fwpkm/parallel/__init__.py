@@ -1,0 +1,1 @@
+"""Processes, process groups and the provider of parallel layers."""

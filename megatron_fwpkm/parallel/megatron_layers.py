@@ -1,0 +1,104 @@
+"""Megatron-Core's parallel layers behind the Backend interface. Import only where Megatron is used."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import nn
+
+from megatron_fwpkm.memory.norms import RMSNorm
+
+
+class _ColumnLinear(tensor_parallel.ColumnParallelLinear):
+    """Returns the output alone: Megatron's layers return (output, bias not added)."""
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        output, _ = super().forward(x, weight=weight)
+        return output
+
+
+class _RowLinear(tensor_parallel.RowParallelLinear):
+    """Returns the output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output, _ = super().forward(x)
+        return output
+
+
+class MegatronBackend:
+    """Layers split over Megatron's tensor-parallel group.
+
+    Weights are drawn on the CPU as one whole matrix from torch's default generator, of which each rank keeps its
+    part: the model starts the same at every tensor-parallel size.
+    """
+
+    def __init__(self, initial_std: float, norm_epsilon: float) -> None:
+        self._initial_std = initial_std
+        self._norm_epsilon = norm_epsilon
+        self._config = ModelParallelConfig(
+            tensor_model_parallel_size=self.tensor_parallel_size,
+            use_cpu_initialization=True,
+            perform_initialization=True,
+            params_dtype=torch.float32,
+            gradient_accumulation_fusion=False,
+            async_tensor_model_parallel_allreduce=False,
+        )
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Size of Megatron's tensor-parallel group."""
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    def _initialize(self, weight: torch.Tensor) -> torch.Tensor:
+        return nn.init.normal_(weight, std=self._initial_std)
+
+    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """ColumnParallelLinear that keeps its share of the output."""
+        return _ColumnLinear(
+            in_features, out_features, config=self._config, init_method=self._initialize, bias=bias, gather_output=False
+        )
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """RowParallelLinear on an input that is split already."""
+        return _RowLinear(
+            in_features,
+            out_features,
+            config=self._config,
+            init_method=self._initialize,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+        """ColumnParallelLinear that gathers its output."""
+        return _ColumnLinear(
+            in_features, out_features, config=self._config, init_method=self._initialize, bias=bias, gather_output=True
+        )
+
+    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        """VocabParallelEmbedding."""
+        return tensor_parallel.VocabParallelEmbedding(
+            vocab_size, hidden_size, config=self._config, init_method=self._initialize
+        )
+
+    def head(self, hidden_size: int, vocab_size: int) -> nn.Module:
+        """ColumnParallelLinear on the embedding's weight."""
+        return _ColumnLinear(
+            hidden_size,
+            vocab_size,
+            config=self._config,
+            init_method=self._initialize,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=True,
+        )
+
+    def norm(self, size: int) -> nn.Module:
+        """Zero-centred RMSNorm, the same on every rank."""
+        return RMSNorm(size, self._norm_epsilon)
+
+    def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel cross entropy in float32."""
+        return tensor_parallel.vocab_parallel_cross_entropy(logits_BTV.float(), labels_BT)

@@ -1,0 +1,144 @@
+"""Starting and ending the process group, and what the ranks agree on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+
+from megatron_fwpkm.errors import SharedUserError, UserError
+
+RANK_ORDER = "tp-cp-ep-pp-dp"
+"""Megatron's axis order that equals DeepSpeed's ["data", "pipe", "model"]: a replica's ranks are consecutive."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among all processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    replica: int
+    """Index of this rank's model copy, 0..replicas-1."""
+    replicas: int
+    """Number of model copies (data-parallel size)."""
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is global rank 0, which writes logs and shows progress."""
+        return self.rank == 0
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun or the deepspeed launcher started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def set_threads(local_world_size: int) -> None:
+    """Share this machine's cores among its processes: several threads per core slow each other down."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // local_world_size))
+
+
+def initialize(tensor_parallel: int, timeout_seconds: int) -> Topology:
+    """Join the process group named by the launcher's environment and build Megatron's groups on it.
+
+    A rank that waits for another longer than `timeout_seconds` fails instead of hanging. Raises UserError if the
+    number of processes doesn't fit the layout.
+    """
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size % tensor_parallel:
+        raise SharedUserError(
+            f"{world_size} processes can't be divided into groups of parallel.tensor={tensor_parallel}"
+        )
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    deepspeed, parallel_state = _import_engine()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "nccl"
+    if backend == "gloo":
+        # DeepSpeed compiles a shared-memory operator at first use: over a minute, for nothing that is used here.
+        communication: Any = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None
+    timeout = timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        order=RANK_ORDER,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        create_gloo_process_groups=False,
+    )
+    return Topology(
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        replica=parallel_state.get_data_parallel_rank(),
+        replicas=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _import_engine() -> tuple[Any, Any]:
+    """DeepSpeed and Megatron's parallel_state, without their remarks on GPU libraries that a CPU machine lacks."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    import deepspeed
+    from megatron.core import parallel_state
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed, parallel_state
+
+
+def shut_down() -> None:
+    """Leave the process group, if in one."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
+    """Run `action` on every rank; if it fails on any, raise on all, so that none waits for one that has gone.
+
+    A UserError is raised as SharedUserError with its message; anything else as RuntimeError with the failing rank's.
+    """
+    result: Result | None = None
+    failure: tuple[bool, str] | None = None
+    cause: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        cause = error
+        failure = (isinstance(error, UserError), str(error) or type(error).__name__)
+    failures: list[tuple[bool, str] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            by_user, message = found
+            if by_user:
+                raise SharedUserError(message) from cause
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}") from cause
+    return result  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place; the same bits on every rank."""
+    torch.distributed.all_reduce(values)
+    return values

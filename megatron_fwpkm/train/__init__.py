@@ -1,0 +1,1 @@
+"""Engine, loop, schedule, metrics and checkpoints of a training job."""

@@ -1,0 +1,102 @@
+"""Composition, overrides and the messages of the configuration loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fwpkm.config import UserError, differing_keys, load_data_config, load_train_config, to_yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NANO = CONFIGS / "train" / "nano.yaml"
+
+
+def test_presets_load() -> None:
+    for path in sorted((CONFIGS / "train").glob("*.yaml")):
+        load_train_config(path)
+    for path in sorted((CONFIGS / "data").glob("*.yaml")):
+        load_data_config(path)
+
+
+def test_sections_come_from_included_files_and_own_keys_win(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("hidden_size: 64\nlayers: 3\n")
+    (tmp_path / "job.yaml").write_text("include: {model: model.yaml}\nmodel: {layers: 5}\nseed: 7\n")
+    config = load_train_config(tmp_path / "job.yaml")
+    assert (config.model.hidden_size, config.model.layers, config.seed) == (64, 5, 7)
+
+
+def test_overrides_come_last() -> None:
+    overrides = ["training.steps=77", "model.memory_layers=[0,3]", "model.window=null", "name=other"]
+    config = load_train_config(NANO, overrides)
+    assert config.training.steps == 77
+    assert config.model.memory_layers == (0, 3)
+    assert config.model.window is None
+    assert config.name == "other"
+
+
+def test_yaml_of_a_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_train_config(NANO, ["training.steps=123"])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_train_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.step=5", "did you mean `training.steps`?"),
+        ("model.hiden_size=5", "did you mean `model.hidden_size`?"),
+        ("model.memory.top_k=5", "did you mean `model.memory.topk`?"),
+        ("zzzz=5", "valid keys here are"),
+        ("training.steps", "key.sub=value"),
+        ("training.steps=many", "training.steps"),
+        ("training.steps=0", "training.steps"),
+        ("training.precision=fp8", "training.precision"),
+        ("parallel.tensor=2", "parallel.tensor"),
+        ("model.key_value_heads=2", "multiple of key_value_heads"),
+        ("model.memory_layers=[9]", "memory_layers"),
+        ("model.rotary_fraction=0.3", "even width"),
+        ("optimizer.warmup_steps=100000", "warmup_steps"),
+        ("evaluation.sequences=1", "evaluation.sequences"),
+        ("data.source=web", "data.source"),
+        ("model.memory.topk=0", "topk"),
+    ],
+)
+def test_mistakes_give_one_clear_message(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_train_config(NANO, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_key_in_a_file_names_file_and_nearest_key(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("optimizer: {learningrate: 1}\n")
+    with pytest.raises(UserError, match=r"job\.yaml.*optimizer\.learningrate.*optimizer\.learning_rate"):
+        load_train_config(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1\n- 2\n", "expected a mapping"),
+        ("include: [a]\n", "include"),
+        ("include: {model: job.yaml}\n", "includes itself"),
+        ("include: {model: missing.yaml}\n", "no configuration file"),
+        ("name: ${nowhere}\n", "nowhere"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_train_config(tmp_path / "job.yaml")
+    assert expected in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no configuration file"):
+        load_train_config(tmp_path / "none.yaml")
+
+
+def test_differing_keys_are_dotted() -> None:
+    assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c (2, 3)", "d (None, 4)"]

@@ -1,0 +1,115 @@
+"""Tiny jobs for tests that start processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 150
+
+TINY = """
+name: tiny
+run_directory: RUN
+seed: 5
+model:
+  hidden_size: 32
+  layers: 2
+  attention_heads: 2
+  key_value_heads: 1
+  head_dim: 16
+  mlp_size: 48
+  window: 16
+  memory_layers: [1]
+  memory: {heads: 2, topk: 4, n_subkeys: 16, k_dim: 16, v_dim: 16, chunk_size: 16}
+data: {directory: DATA, vocab_size: 300, sequence_length: 64, validation_fraction: 0.2, max_documents: 12}
+optimizer: {learning_rate: 1.0e-2, warmup_steps: 2}
+training: {steps: 6, micro_batch_size: 2, gradient_accumulation: 2}
+evaluation: {sequences: 8}
+checkpoint: {every: 2, keep: 2}
+logging: {every: 1}
+parallel: {processes: 2, timeout_seconds: 60}
+"""
+
+
+class TinyJob:
+    """A configuration in a folder of its own, and ways to start it."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.config = folder / "tiny.yaml"
+        self.config.write_text(TINY.replace("RUN", str(folder / "run")).replace("DATA", str(data)))
+        self.started: list[subprocess.Popen[str]] = []
+
+    def command(self, *overrides: str) -> list[str]:
+        return [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(self.config), *overrides]
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in a session of its own, with the library on its path."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+        }
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def train(self, *overrides: str, expected: int = 0) -> str:
+        """Run launch/train.py to its end; returns what it printed."""
+        process = self.start(*self.command(*overrides))
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == expected, output
+        return output
+
+    def worker(self, name: str, *arguments: str, processes: int = 2) -> Any:
+        """Run a script of workers/ in several processes; returns the JSON of its last line."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = Path(__file__).parent / "workers" / name
+        process = self.start(*launcher, str(script), str(self.config), *arguments)
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 0, output
+        return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+    def records(self, run: str = "run") -> list[dict[str, Any]]:
+        """The records of metrics.jsonl."""
+        path = self.folder / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def end(self) -> None:
+        """Kill whatever still runs."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the first job prepares the tiny corpus and the others find it."""
+    return tmp_path_factory.mktemp("tiny-data")
+
+
+@pytest.fixture
+def tiny_job(tmp_path: Path, tiny_data: Path) -> Iterator[TinyJob]:
+    """A tiny job; its processes are killed when the test ends, however it ends."""
+    job = TinyJob(tmp_path, tiny_data)
+    yield job
+    job.end()

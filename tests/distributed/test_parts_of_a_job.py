@@ -1,0 +1,47 @@
+"""Parts of a job over two ranks: skipped steps, evaluation, shares of the data, parallel layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import TinyJob
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tiny_job: TinyJob, poison: str) -> None:
+    assert tiny_job.worker("step_checks.py", "non_finite", poison) == {
+        "applied": [True, False, True],
+        "stop": [False, True, False],
+        "unchanged": True,
+        "good": True,
+        "changed_later": True,
+    }
+
+
+def test_evaluation_changes_nothing(tiny_job: TinyJob) -> None:
+    assert tiny_job.worker("step_checks.py", "evaluation") == {
+        "repeatable": True,
+        "unchanged": True,
+        "reads_matter": True,
+        "tokens": 8 * 64,
+        "training": True,
+        "reads_on": True,
+    }
+
+
+def test_ranks_read_disjoint_shares(tiny_job: TinyJob) -> None:
+    found = tiny_job.worker("step_checks.py", "shares")
+    assert found["sequences"] - 4 < found["read"] <= found["sequences"]
+    assert found["distinct"] == found["read"]
+
+
+def test_megatron_layers_equal_plain_ones(tiny_job: TinyJob) -> None:
+    found = tiny_job.worker("backend_checks.py", processes=1)
+    assert found["names"] and found["weights"]
+    assert found["loss"] < 1e-6
+    assert found["gradient"] < 1e-6
