@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_fwpkm.profiling.memory_benchmark import BenchmarkSettings, run_benchmark
+from megatron_fwpkm.profiling.operations_benchmark import run_operations_benchmark
 
 
 def main(
@@ -18,10 +19,14 @@ def main(
     chunk: Annotated[int, typer.Option(help="Tokens between writes.")] = 512,
     width: Annotated[int, typer.Option(help="k_dim and v_dim.")] = 512,
     topk: Annotated[int, typer.Option(help="Slots read per token.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed runs of the fast path; medians are reported.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Timed runs of the fast path; medians are reported.")] = 15,
+    operations: Annotated[bool, typer.Option(help="Time candidates for each sparse operation instead.")] = False,
     out: Annotated[Path, typer.Option(help="Where the rows go, as JSON.")] = Path("build/bench/memory_layer.json"),
 ) -> None:
     """Time, peak memory and bytes moved of the memory layer's forward and backward pass."""
+    if operations:
+        run_operations_benchmark(chunk, topk, width, max(n or (512,)) ** 2, repeats=20)
+        return
     run_benchmark(BenchmarkSettings(tuple(n or (128, 256, 512, 1024)), tokens, chunk, width, topk, repeats), out)
 
 

@@ -1,9 +1,9 @@
 """The sparse operations in PyTorch.
 
-Which torch operation serves which purpose was measured on CPU (2 cores, 512 queries x 8 pairs x 512 columns,
-float32): `embedding_bag` with per-sample weights does gather-weighted-sum and, over sorted segments, scatter-add
-several times faster than index_select + bmm or index_add, without the [X, P, D] intermediate; `sampled_addmm`
-does gather-dot likewise. All three are multithreaded over output rows, so the sums are deterministic.
+Which torch operation serves which purpose is measured by `python launch/bench_memory.py --operations`: on CPU
+`embedding_bag` with per-sample weights does gather-weighted-sum and, over sorted segments, scatter-add faster than
+index_select + bmm or index_add, without the [X, P, D] intermediate; `sampled_addmm` does gather-dot likewise. All three
+are multithreaded over output rows, so the sums are deterministic.
 """
 
 import functools

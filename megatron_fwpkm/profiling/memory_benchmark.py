@@ -117,7 +117,9 @@ def measure_row(settings: BenchmarkSettings, path: str, n: int) -> BenchmarkRow:
     baseline = _status("VmRSS")
     both()
     peak = _status("VmHWM") - baseline
-    repeats = settings.repeats if path == "fast" else max(1, settings.repeats // 4)
+    repeats = settings.repeats if path == "fast" else max(1, settings.repeats // 5)
+    for _ in range(3 if path == "fast" else 0):  # the allocator settles; the peak above is of the first pass
+        both()
     forward_times, total_times = [], []
     for _ in range(repeats):
         start = time.perf_counter()
