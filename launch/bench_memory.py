@@ -15,11 +15,11 @@ from megatron_fwpkm.profiling.operations_benchmark import run_operations_benchma
 
 def main(
     n: Annotated[list[int] | None, typer.Option(help="Sub-keys per half; repeat for several.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the call.")] = 2048,
-    chunk: Annotated[int, typer.Option(help="Tokens between writes.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the call.")] = 2048,
+    chunk: Annotated[int, typer.Option(min=2, help="Tokens between writes.")] = 512,
     width: Annotated[int, typer.Option(help="k_dim and v_dim.")] = 512,
     topk: Annotated[int, typer.Option(help="Slots read per token.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed runs of the fast path; medians are reported.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of the fast path; medians are reported.")] = 15,
     operations: Annotated[bool, typer.Option(help="Time candidates for each sparse operation instead.")] = False,
     out: Annotated[Path, typer.Option(help="Where the rows go, as JSON.")] = Path("build/bench/memory_layer.json"),
 ) -> None:

@@ -76,22 +76,25 @@ class _Ranking:
     """
 
     value_GXn: Tensor
-    query_square: Tensor  # [G, X, 1]
-    error: Tensor  # [G, X, 1] bound on the rounding error of a value
-    magnitude: Tensor  # [G, X, 1] |q|^2 + largest |k|^2
+    query_square_GX1: Tensor
+    key_square_Gn: Tensor
+    score_type: str
+
+    def errors(self, key_square: Tensor, query_square: Tensor) -> Tensor:
+        """Bounds on the rounding errors of values, from |k|^2 and |q|^2 (broadcast)."""
+        unit = _ROUNDING_UNITS * torch.finfo(self.value_GXn.dtype).eps
+        product = (query_square * key_square).sqrt()
+        return unit * (product if self.score_type == "dot_product" else product + key_square)
 
 
 def _rank(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> _Ranking:
     query_square = query_GXd.square().sum(-1, keepdim=True)
     key_square = keys_Gnd.square().sum(-1)
-    largest_key = key_square.amax(-1)[:, None, None]
-    product_size = (query_square * largest_key).sqrt()
-    unit = _ROUNDING_UNITS * torch.finfo(query_GXd.dtype).eps
     if score_type == "dot_product":
         value = torch.bmm(query_GXd, keys_Gnd.transpose(1, 2))
-        return _Ranking(value, query_square, unit * product_size, product_size)
-    value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
-    return _Ranking(value, query_square, unit * (product_size + largest_key), query_square + largest_key)
+    else:
+        value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
+    return _Ranking(value, query_square, key_square, score_type)
 
 
 def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) -> Tensor:
@@ -112,7 +115,7 @@ def _refine_near(query_GXd: Tensor, keys_Gnd: Tensor, sub_index: Tensor, score: 
 
     There |q|^2 + |k|^2 - 2 <q, k> cancels: its relative error is `magnitude` / squared distance units of rounding.
     """
-    near = magnitude.squeeze(-1) > _NEAR_RATIO * torch.exp(-score[..., 0])
+    near = (magnitude > _NEAR_RATIO * torch.exp(-score)).any(-1)
     if not bool(near.any()):
         return score
     group, query = near.nonzero(as_tuple=True)
@@ -124,56 +127,75 @@ def _refine_near(query_GXd: Tensor, keys_Gnd: Tensor, sub_index: Tensor, score: 
     return score
 
 
-def _undecided(value: Tensor, score: Tensor, sums: Tensor, ranking: _Ranking, score_type: str) -> Tensor:
-    """[G2, X] bool: queries one of whose deciding gaps is within the rounding error of the matrix product."""
+def _undecided(value: Tensor, score: Tensor, sums: Tensor, error: Tensor, ranking: _Ranking) -> Tensor:
+    """[G2, X] bool: queries one of whose deciding gaps is within the rounding error of the matrix product.
+
+    `error` [G, X, K + 1] bounds the errors of the values of the chosen sub-keys.
+    """
 
     def narrow(sorted_values: Tensor, bound: Tensor) -> Tensor:
         # "not wider" instead of "narrower": an infinite or undefined gap is undecided too.
         return ~((sorted_values[..., :-1] - sorted_values[..., 1:]) > bound).all(-1)
 
-    score_error = ranking.error.double()
-    if score_type == "idw":
+    sub_narrow = narrow(value, torch.maximum(error[..., :-1], error[..., 1:]))
+    score_error = error.double().amax(-1, keepdim=True)
+    if ranking.score_type == "idw":
         # d score / d value = 2 exp(score), largest for the best sub-key. The error of |q|^2 is common to all
         # sub-keys: only differences of the slope let it through.
         slope = torch.exp(score[..., :1])
         spread = slope - torch.exp(score[..., -1:])
         unit = _ROUNDING_UNITS * torch.finfo(value.dtype).eps
-        score_error = 2 * score_error * slope + unit * ranking.query_square * spread
+        score_error = 2 * score_error * slope + unit * ranking.query_square_GX1 * spread
     by_half = score_error.unflatten(0, (-1, 2)).sum(1)
     rounding = _ROUNDING_UNITS * torch.finfo(sums.dtype).eps * sums[..., :1].abs()
-    return narrow(value, ranking.error).unflatten(0, (-1, 2)).any(1) | narrow(sums, by_half + rounding)
+    return sub_narrow.unflatten(0, (-1, 2)).any(1) | narrow(sums, by_half + rounding)
 
 
 def _settle(
-    query_GXd: Tensor, keys_Gnd: Tensor, ranking: _Ranking, undecided_2X: Tensor, topk: int, score_type: str
+    query_GXd: Tensor, keys_Gnd: Tensor, ranking: _Ranking, undecided_2X: Tensor, topk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores undecided queries by explicit differences. Returns (group, query, sub_index [F, 2, K], sub_score).
 
     Only sub-keys that could be among the best within the rounding error are scored: a few, or all n where many tie.
     """
     group, query = undecided_2X.nonzero(as_tuple=True)
-    n = keys_Gnd.shape[1]
-    keys_by_head = keys_Gnd.unflatten(0, (-1, 2))
-    query_F2d = query_GXd.unflatten(0, (-1, 2))[group, :, query]
-    value_F2n = ranking.value_GXn.unflatten(0, (-1, 2))[group, :, query]
-    error_F21 = ranking.error.unflatten(0, (-1, 2))[group, :, query]
-    count = min(n, 4 * topk)
-    best, candidates = torch.topk(value_F2n, count, dim=-1)
-    clear = best[..., -1:] < best[..., topk - 1 : topk] - 2 * error_F21
-    if count < n and not bool(clear.all()):
-        count, candidates = n, torch.arange(n, device=group.device).expand_as(value_F2n)
-    candidates = candidates.sort(-1).values  # ascending, so that a stable sort leaves ties at the lowest index
-    halves = torch.arange(2, device=group.device).view(1, 2, 1)
-    indices, scores = [], []
-    block = max(1, _SETTLE_ELEMENTS // (2 * count * query_GXd.shape[-1]))
+    n, count = keys_Gnd.shape[1], min(keys_Gnd.shape[1], 4 * topk)
+    sub_index = torch.empty(group.numel(), 2, topk, dtype=torch.int64, device=group.device)
+    sub_score = torch.empty(group.numel(), 2, topk, dtype=torch.float64, device=group.device)
+    halves = ranking.value_GXn.unflatten(0, (-1, 2))
+    squares = ranking.query_square_GX1.unflatten(0, (-1, 2)), ranking.key_square_Gn.unflatten(0, (-1, 2))
+    block = max(1, _SETTLE_ELEMENTS // (2 * max(n, count * query_GXd.shape[-1])))
     for start in range(0, group.numel(), block):
-        part = slice(start, start + block)
-        keys = keys_by_head[group[part].view(-1, 1, 1), halves, candidates[part]]
-        exact = _explicit_scores(query_F2d[part].unsqueeze(2), keys, score_type)
-        score, position = torch.sort(exact, dim=-1, descending=True, stable=True)
-        indices.append(candidates[part].gather(-1, position[..., :topk]))
-        scores.append(score[..., :topk])
-    return group, query, torch.cat(indices), torch.cat(scores)
+        part = torch.arange(start, min(start + block, group.numel()), device=group.device)
+        g, x = group[part], query[part]
+        value_F2n = halves[g, :, x]
+        error_F2n = ranking.errors(squares[1][g], squares[0][g, :, x])
+        best, candidates = torch.topk(value_F2n + error_F2n, count, dim=-1)
+        surely = torch.topk(value_F2n - error_F2n, topk, dim=-1).values[..., -1]
+        clear = (best[..., -1] < surely).all(-1) if count < n else torch.ones_like(part, dtype=torch.bool)
+        everything = torch.arange(n, device=g.device).expand_as(value_F2n)
+        for chosen, numbers in ((clear, candidates), (~clear, everything)):
+            at_once = max(1, _SETTLE_ELEMENTS // (2 * numbers.shape[-1] * query_GXd.shape[-1]))
+            for piece in chosen.nonzero().view(-1).split(at_once):
+                index, score = _score_candidates(
+                    query_GXd, keys_Gnd, g[piece], x[piece], numbers[piece], ranking.score_type
+                )
+                sub_index[part[piece]], sub_score[part[piece]] = index[..., :topk], score[..., :topk]
+    return group, query, sub_index, sub_score
+
+
+def _score_candidates(
+    query_GXd: Tensor, keys_Gnd: Tensor, group: Tensor, query: Tensor, candidates_F2c: Tensor, score_type: str
+) -> tuple[Tensor, Tensor]:
+    """Candidate sub-keys of some queries, best first, and their explicit scores, each [F, 2, c]."""
+    query_by_head, keys_by_head = query_GXd.unflatten(0, (-1, 2)), keys_Gnd.unflatten(0, (-1, 2))
+    half = torch.arange(2, device=group.device).view(1, 2, 1)
+    # Ascending, so that a stable sort leaves ties at the lowest index.
+    candidates = candidates_F2c.sort(-1).values
+    keys = keys_by_head[group.view(-1, 1, 1), half, candidates]
+    exact = _explicit_scores(query_by_head[group, :, query].unsqueeze(2), keys, score_type)
+    score, position = torch.sort(exact, dim=-1, descending=True, stable=True)
+    return candidates.gather(-1, position), score
 
 
 def torch_product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score_type: str) -> ProductKeyTopk:
@@ -186,15 +208,17 @@ def torch_product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score
         ranking = _rank(query_GXd, keys_Gnd, score_type)
     # One more than needed, to see whether the last choice was clear.
     value, sub_index = torch.topk(ranking.value_GXn, min(topk + 1, n), dim=-1)
-    score = _scores_from_values(value, ranking.query_square, score_type)
+    score = _scores_from_values(value, ranking.query_square_GX1, score_type)
+    key_square = ranking.key_square_Gn.unsqueeze(1).expand(-1, value.shape[1], -1).gather(-1, sub_index)
     if score_type == "idw":
-        score = _refine_near(query_GXd, keys_Gnd, sub_index, score, ranking.magnitude)
+        score = _refine_near(query_GXd, keys_Gnd, sub_index, score, ranking.query_square_GX1 + key_square)
+    error = ranking.errors(key_square, ranking.query_square_GX1)
     sums, rank_1, rank_2 = _best_sums(score, min(topk + 1, score.shape[-1] ** 2))
-    undecided = _undecided(value, score, sums, ranking, score_type)
+    undecided = _undecided(value, score, sums, error, ranking)
     sub_index, sub_score = sub_index[..., :topk].contiguous(), score[..., :topk].contiguous()
     slot_score, rank = sums[..., :topk].contiguous(), torch.stack([rank_1[..., :topk], rank_2[..., :topk]])
     if bool(undecided.any()):
-        group, query, exact_index, exact_score = _settle(query_GXd, keys_Gnd, ranking, undecided, topk, score_type)
+        group, query, exact_index, exact_score = _settle(query_GXd, keys_Gnd, ranking, undecided, topk)
         sub_index.unflatten(0, (-1, 2))[group, :, query] = exact_index
         sub_score.unflatten(0, (-1, 2))[group, :, query] = exact_score
         best, first, second = _best_sums(exact_score.transpose(0, 1), topk)  # [F, 2, K] seen as one group of F queries

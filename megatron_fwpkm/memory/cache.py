@@ -55,17 +55,22 @@ class _Tokens:
         parts = (self.query, self.target, self.gate, self.mask)
         return _Tokens(*(None if t is None else t[:, piece] for t in parts))  # type: ignore[arg-type]
 
-    def join(self, other: _Tokens) -> _Tokens:
-        """These tokens, then the others. A missing mask stands for all true, a missing gate for ones."""
-        gate = mask = None
-        if self.gate is not None or other.gate is not None:
-            gate = torch.cat(
-                [t.query.new_ones(t.query.shape[:2]) if t.gate is None else t.gate for t in (self, other)], 1
-            )
-        if self.mask is not None or other.mask is not None:
-            mask = torch.cat([_all_true(t) if t.mask is None else t.mask for t in (self, other)], 1)
-        query, target = (torch.cat(pair, 1) for pair in ((self.query, other.query), (self.target, other.target)))
-        return _Tokens(query, target, gate, mask)
+    def clone(self) -> _Tokens:
+        """A copy that does not hold on to the caller's tensors."""
+        parts = (self.query, self.target, self.gate, self.mask)
+        return _Tokens(*(None if t is None else t.clone() for t in parts))  # type: ignore[arg-type]
+
+
+def _join(pieces: list[_Tokens]) -> _Tokens:
+    """Tokens one after the other. A missing mask stands for all true, a missing gate for ones."""
+    if len(pieces) == 1:
+        return pieces[0]
+    gate = mask = None
+    if any(t.gate is not None for t in pieces):
+        gate = torch.cat([t.query.new_ones(t.query.shape[:2]) if t.gate is None else t.gate for t in pieces], 1)
+    if any(t.mask is not None for t in pieces):
+        mask = torch.cat([_all_true(t) if t.mask is None else t.mask for t in pieces], 1)
+    return _Tokens(torch.cat([t.query for t in pieces], 1), torch.cat([t.target for t in pieces], 1), gate, mask)
 
 
 def _all_true(tokens: _Tokens) -> Tensor:
@@ -97,11 +102,14 @@ class MemoryCache:
             raise ValueError(f"cache mode is {mode!r}; allowed: 'aligned', 'official'")
         if memory not in ("per_sequence", "shared"):
             raise ValueError(f"cache memory is {memory!r}; allowed: 'per_sequence', 'shared'")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"a cache is for 1 sequence or more, not {batch!r}")
         self.batch = batch
         self.view = Overlay(state, batch if memory == "per_sequence" else 1)
         self.num_tokens = 0
         self.trace: CacheTrace | None = None
-        self._waiting: _Tokens | None = None
+        self._waiting: list[_Tokens] = []
+        self._num_waiting = 0
         self._reads: list[ChunkRead] = []  # aligned: the reads of the waiting tokens
         self.frozen = False
 
@@ -114,6 +122,7 @@ class MemoryCache:
 
         Raises:
             ValueError: wrong shapes or dtypes, or another batch size than the cache was made for.
+            RuntimeError: the state under the cache was written meanwhile, or an earlier call failed half-way.
         """
         if query_BTHk.shape[0] != self.batch:
             raise ValueError(f"the cache was made for {self.batch} sequences; this call has {query_BTHk.shape[0]}")
@@ -121,9 +130,9 @@ class MemoryCache:
         dtype = self.view.keys_MH2nd.dtype
         gate = None if gate_BT is None else gate_BT.to(dtype)
         tokens = _Tokens(query_BTHk.to(dtype), target_BTD.to(dtype), gate, mask_BT)
-        with torch.no_grad(), torch.autocast(query_BTHk.device.type, enabled=False):
-            if len(tokens) == 0:
-                return target_BTD
+        if len(tokens) == 0:
+            return target_BTD.clone()
+        with torch.no_grad(), self.view.call(), torch.autocast(query_BTHk.device.type, enabled=False):
             reads = self._aligned(tokens) if self.mode == "aligned" else self._official(tokens)
         if self.trace is not None:
             shape = (self.batch, -1, self.config.heads, self.config.topk)
@@ -138,8 +147,8 @@ class MemoryCache:
 
         The next token starts a new chunk, as the first of another training call would.
         """
-        if self.mode == "aligned" and self._waiting is not None:
-            with torch.no_grad():
+        if self.mode == "aligned" and self._waiting:
+            with torch.no_grad(), self.view.call():
                 self._write_aligned()
 
     def commit(self) -> None:
@@ -151,29 +160,33 @@ class MemoryCache:
         halves = addressing.split_queries(query.reshape(memories, -1, *query.shape[2:]))
         return chunk.read_chunk(halves, self.view, self.config)
 
+    def _wait(self, tokens: _Tokens) -> None:
+        self._waiting.append(tokens)
+        self._num_waiting += len(tokens)
+
     # -- aligned ----------------------------------------------------------------------------------------------------
 
     def _aligned(self, tokens: _Tokens) -> list[ChunkRead]:
         size = None if self.config.chunk_size == "sequence" else int(self.config.chunk_size)
         reads, start = [], 0
         while start < len(tokens):
-            waiting = 0 if self._waiting is None else len(self._waiting)
-            end = len(tokens) if size is None else min(start + size - waiting, len(tokens))
-            piece = tokens[start:end]
+            end = len(tokens) if size is None else min(start + size - self._num_waiting, len(tokens))
+            completes = size is not None and self._num_waiting + end - start == size
+            # Tokens that outlive the call are copied: the caller may use its buffers again.
+            piece = tokens[start:end] if completes or self.frozen else tokens[start:end].clone()
             read = self._read(piece.query)
             reads.append(read)
             start = end
             if self.frozen:
                 continue
-            self._waiting = piece if self._waiting is None else self._waiting.join(piece)
+            self._wait(piece)
             self._reads.append(read)
-            if size is not None and len(self._waiting) == size:
+            if completes:
                 self._write_aligned()
         return reads
 
     def _write_aligned(self) -> None:
-        assert self._waiting is not None
-        tokens, read = self._waiting, self._join_reads()
+        tokens, read = _join(self._waiting), self._join_reads()
         batch, length, memories = self.batch, len(tokens), self.view.memories
         read_BCD = read.read_YD.view(batch, length, -1)
         error = chunk.lookahead_errors(read_BCD, tokens.target, self.config.lookahead).flatten(0, 1)
@@ -181,7 +194,7 @@ class MemoryCache:
         scale = chunk.write_scale(tokens.mask, batch, length, memories, self.config)
         step = chunk.row_steps(read.plan, scale, error.dtype, self.config)
         self._write(read, weight_BC, error, step, max(length - self.config.lookahead, 0))
-        self._waiting, self._reads = None, []
+        self._waiting, self._num_waiting, self._reads = [], 0, []
 
     def _write(self, read: ChunkRead, weight_BC: Tensor, error_YD: Tensor, step_U: Tensor, pairs: int) -> None:
         weight_Y = weight_BC.flatten()
@@ -236,25 +249,23 @@ class MemoryCache:
         size = None if self.config.chunk_size == "sequence" else int(self.config.chunk_size)
         reads, start = [], 0
         while start < len(tokens):
-            waiting = 0 if self._waiting is None else len(self._waiting)
-            if size is None:
+            if size is None:  # the chunk is the whole input of a call
                 length = len(tokens)
             else:
-                length = size + self.config.lookahead - waiting if start == 0 else size
+                length = size + self.config.lookahead - self._num_waiting if start == 0 else size
             piece = tokens[start : start + length]
             read = self._read(piece.query)
             reads.append(read)
             start += len(piece)
             if self.frozen:
                 continue
-            self._waiting = piece if self._waiting is None else self._waiting.join(piece)
-            if size is None or len(self._waiting) >= size:
+            self._wait(piece.clone())
+            if size is None or self._num_waiting >= size:
                 self._write_official(read, len(piece))
         return reads
 
     def _write_official(self, current: ChunkRead, slice_length: int) -> None:
-        assert self._waiting is not None
-        config, queue, lookahead = self.config, self._waiting, self.config.lookahead
+        config, queue, lookahead = self.config, _join(self._waiting), self.config.lookahead
         pairs = len(queue) - lookahead
         if pairs <= 0:
             return
@@ -279,4 +290,4 @@ class MemoryCache:
         read.plan = type(read.plan)(read.plan.slots_U, read.plan.inverse_XP, counts, read.plan.segments)
         step = chunk.row_steps(read.plan, scale, error.dtype, config)
         self._write(read, weight_BC, error, step, pairs)
-        self._waiting = queue[pairs:] if lookahead else None
+        self._waiting, self._num_waiting = ([queue[pairs:].clone()], lookahead) if lookahead else ([], 0)

@@ -12,8 +12,8 @@ class MemoryConfigError(ValueError):
     """A memory setting is out of range; the message names the field, its value and what is allowed."""
 
 
-def _option(default: Any, doc: str, *, minimum: float | None = None, above: float | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above})
+def _option(default: Any, doc: str, *, minimum: float | None = None, maximum: float = 2**31 - 1) -> Any:
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MemoryConfig:
     # Behind each field: what it is [unit; where docs/semantics.md defines it].
     heads: int = _option(1, "addressing heads H; their reads add up [heads; A.2]", minimum=1)
     topk: int = _option(8, "slots K that a token reads per head [slots; A.2]", minimum=1)
-    n_subkeys: int = _option(512, "sub-keys n per half; N = n * n slots [sub-keys; A.2]", minimum=1)
+    n_subkeys: int = _option(512, "sub-keys n per half; N = n * n slots [sub-keys; A.2]", minimum=1, maximum=2**20)
     k_dim: int = _option(512, "query width per head, k; each half has k / 2 [columns; A.1]", minimum=2)
     v_dim: int = _option(512, "width D of a slot's value [columns; A.4]", minimum=1)
     chunk_size: int | Literal["sequence"] = _option(
@@ -38,7 +38,7 @@ class MemoryConfig:
     lookahead: int = _option(1, "L: the value written for token t is that of token t + L [tokens; A.5]", minimum=0)
     score_type: Literal["idw", "dot_product"] = _option("idw", "sub-key score: inverse distance or product [name; A.1]")
     score_nonlinearity: Literal["softmax", "silu", "relu"] = _option("softmax", "scores to slot weights [name; A.3]")
-    temperature: float = _option(1.0, "scores are divided by it before the nonlinearity [1; A.3]", above=0)
+    temperature: float = _option(1.0, "scores are divided by it before the nonlinearity [1; A.3]", minimum=1e-6)
     learning_rate: float = _option(1.0, "step size of a write [1; A.7]", minimum=0)
     weight_decay: float = _option(0.0, "decay of all slots and sub-keys, times step size [1 per write; A.7]", minimum=0)
     gradient_clip: bool = _option(False, "clamp every element of a write's gradient to [-1, 1] [flag; A.7]")
@@ -62,6 +62,8 @@ class MemoryConfig:
             _check_field(option.name, getattr(self, option.name), option.type, option.metadata)
         if self.k_dim % 2:
             raise MemoryConfigError(f"k_dim is {self.k_dim}; it must be even, since each half of a query has k_dim / 2")
+        if self.normalize_value and self.v_dim < 2:
+            raise MemoryConfigError("v_dim is 1; a z-score needs 2 columns or more (or normalize_value = False)")
         if self.topk > self.n_subkeys:
             raise MemoryConfigError(
                 f"topk is {self.topk} but n_subkeys is {self.n_subkeys}; allowed are topk from 1 to n_subkeys"
@@ -122,9 +124,9 @@ def _check_field(name: str, value: Any, declared: Any, limits: Any) -> None:
         raise MemoryConfigError(f"{name} is {value!r}; it must be of type {declared.__name__}")
     if declared is bool:
         return
-    if value != value or value in (float("inf"), float("-inf")):
+    if not -1e300 < value < 1e300:
         raise MemoryConfigError(f"{name} is {value!r}; it must be finite")
     if limits["minimum"] is not None and value < limits["minimum"]:
         raise MemoryConfigError(f"{name} is {value!r}; it must be at least {limits['minimum']}")
-    if limits["above"] is not None and value <= limits["above"]:
-        raise MemoryConfigError(f"{name} is {value!r}; it must be above {limits['above']}")
+    if value > limits["maximum"]:
+        raise MemoryConfigError(f"{name} is {value!r}; it must be at most {limits['maximum']}")

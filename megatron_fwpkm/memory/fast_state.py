@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_fwpkm.memory.config import MemoryConfig
-from megatron_fwpkm.memory.overlay import Overlay
+from megatron_fwpkm.memory.overlay import Overlay, usable_in_training
 from megatron_fwpkm.memory.undo import UndoLog
 
 _FOLD_BELOW = 2.0**-20
@@ -37,6 +37,10 @@ class MemoryView(Protocol):
     @property
     def keys_MH2nd(self) -> Tensor:
         """Sub-keys of each memory; never written in place."""
+        ...
+
+    def call(self) -> AbstractContextManager[None]:
+        """One call of the memory: what happens when it fails half-way is up to the view."""
         ...
 
     def read_rows(self, slots_U: Tensor) -> Tensor:
@@ -82,7 +86,8 @@ class FastState:
         self.config = config
         self.num_slots, self.v_dim = config.num_slots, config.v_dim
         self.memories = 1
-        self.version = 0
+        self.version = 0  # number of writes, kept in files
+        self.generation = 0  # changes with every change, never goes back: how overlays notice
         self.scale = 1.0
         self.num_folds = 0
         generator = torch.Generator().manual_seed(seed)
@@ -153,7 +158,7 @@ class FastState:
         if self._log is not None:
             stored = before_UD if self.scale == 1.0 else self.table_ND.index_select(0, slots_U)
             self._log.record(slots_U, stored)
-        self.version += 1
+        self._touch()
         if decay == 1.0 and self.scale == 1.0:
             self.table_ND.index_add_(0, slots_U, change_UD)
             return
@@ -165,45 +170,41 @@ class FastState:
         """Set rows to the given true values, and decay all others."""
         if self._log is not None:
             self._log.record(slots_U, self.table_ND.index_select(0, slots_U))
-        self.version += 1
+        self._touch()
         self._decay_all(decay)
         self.table_ND.index_copy_(0, slots_U, rows_UD / self.scale)
 
     def write_keys(self, keys_MH2nd: Tensor) -> None:
         """Replace the sub-keys; the old tensor stays valid for whoever saved it."""
-        self.keys_H2nd = keys_MH2nd.squeeze(0)
+        self.keys_H2nd = usable_in_training(keys_MH2nd.squeeze(0))
+        self._touch()
+
+    def _touch(self) -> None:
         self.version += 1
+        self.generation += 1
 
     def _decay_all(self, decay: float) -> None:
         self.scale *= decay
         if self.scale >= _FOLD_BELOW:
             return
-        if self._log is not None and self._log.table is None:
-            # Folding is not exactly reversible row by row, so this rare step keeps a whole copy of its start.
-            table = self.table_ND.clone()
-            for slots, rows in reversed(self._log.entries):
-                table.index_copy_(0, slots, rows)
-            self._log.table, self._log.entries = table, []
+        if self._log is not None:
+            self._log.record_table(self.table_ND)
         self.table_ND.mul_(self.scale)
         self.scale = 1.0
         self.num_folds += 1
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Within the context an exception takes back what was written since its start."""
+        """Within the context an exception takes back, bitwise, what was written since its start."""
         owned = self._log is None
-        if self._log is None:
-            self._log = self._start_log()
-        log, keys, scale, version, mark = self._log, self.keys_H2nd, self.scale, self.version, len(self._log.entries)
-        had_table = log.table is not None
+        log = self._log = self._log or UndoLog(self.keys_H2nd, self.scale)
+        keys, scale, mark = self.keys_H2nd, self.scale, log.begin_call()
         try:
             yield
         except BaseException:
-            if had_table == (log.table is not None):
-                log.undo(self.table_ND, keep_entries=mark)
-                self.keys_H2nd, self.scale, self.version = keys, scale, version
-            else:  # a fold happened inside the call: only the start of the step can be restored
-                self._restore(log)
+            log.undo(self.table_ND, keep_entries=mark)
+            self.keys_H2nd, self.scale = keys, scale
+            self._touch()
             raise
         finally:
             if owned:
@@ -219,11 +220,13 @@ class FastState:
         """
         if self._log is not None:
             raise RuntimeError("begin_step was called twice: commit_step or rollback_step must come between")
-        self._log = self._start_log()
+        self._log = UndoLog(self.keys_H2nd, self.scale)
         self._step_overlay = None
 
     def commit_step(self) -> None:
-        """Keep what the step wrote."""
+        """Keep what the step wrote. Raises RuntimeError without a `begin_step`."""
+        if self._log is None:
+            raise RuntimeError("commit_step needs a begin_step before it")
         self._log = self._step_overlay = None
 
     def rollback_step(self) -> None:
@@ -238,20 +241,23 @@ class FastState:
         if self._log is not None:
             self._log.compact()
 
-    def _start_log(self) -> UndoLog:
-        return UndoLog(self.keys_H2nd, self.scale, self.version)
-
     def _restore(self, log: UndoLog) -> None:
         log.undo(self.table_ND)
         self.keys_H2nd, self.scale = log.keys, log.scale
-        self.version += 1  # not the old number: an overlay made in between must not pass for fresh
+        self._touch()
 
     @contextmanager
     def evaluation(self, *, keep: bool = False) -> Iterator[None]:
         """Within the context evaluation calls share one memory, which starts as the state is now and then is dropped.
 
         With `keep` what they wrote becomes the state at the end (the paper's code does that).
+
+        Raises:
+            ValueError: `keep` where the reset policy keeps nothing.
+            RuntimeError: an evaluation is active already.
         """
+        if keep and self.config.reset != "carry":
+            raise ValueError(f"evaluation(keep=True) has nothing to keep with reset = {self.config.reset!r}")
         if self._evaluation_overlay is not None:
             raise RuntimeError("evaluation() is already active on this fast state")
         overlay = self._evaluation_overlay = Overlay(self, 1)
@@ -283,10 +289,12 @@ class FastState:
         for name, old, new in (("keys", self.keys_H2nd, keys_H2nd), ("values", self.table_ND, table_ND)):
             if old.shape != new.shape:
                 raise ValueError(f"the fast state's {name} have shape {tuple(old.shape)}, not {tuple(new.shape)}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"the running scale is {scale}; it must be finite and above 0")
         self.keys_H2nd = keys_H2nd.to(self.keys_H2nd, copy=True)
         self.table_ND.copy_(table_ND)
         self.scale = scale
-        self.version += 1
+        self._touch()
         self._step_overlay = None
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -302,12 +310,12 @@ class FastState:
         """Read a file written by `save` into this state; returns its metadata. Nothing changes when it is refused.
 
         Raises:
-            StateFileError: missing, truncated, damaged, or of another shape.
+            StateFileError: missing, truncated, damaged, of another shape or another kind of score.
         """
-        from megatron_fwpkm.memory.state_file import check_state_shapes, read_state_file
+        from megatron_fwpkm.memory.state_file import check_fits, read_state_file
 
-        tensors, description, metadata = read_state_file(Path(path))
-        check_state_shapes(Path(path), tensors, {"keys": self.keys_H2nd, "table": self.table_ND})
-        self.replace(tensors["keys"], tensors["table"], float.fromhex(description["scale"]))
-        self.version = int(description["version"])
-        return metadata
+        content = read_state_file(Path(path))
+        check_fits(Path(path), content, {"keys": self.keys_H2nd, "table": self.table_ND}, self.config.score_type)
+        self.replace(content.tensors["keys"], content.tensors["table"], content.scale)
+        self.version = content.version
+        return content.user

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_fwpkm.memory import chunk
 from megatron_fwpkm.memory.addressing import Address
@@ -45,6 +46,7 @@ def fast_memory(
 
     Shapes: query [B, T, H, k_dim]; target [B, T, D], every token's own value (the lookahead shift happens inside);
     gate [B, T] or None; mask [B, T] bool or None. The view has one memory for the batch or one for each sequence.
+    When a call fails, what it wrote to the fast state is taken back.
     Computes in the memory's dtype whatever the inputs' dtype and autocast; the result has the target's dtype.
 
     Raises:
@@ -57,8 +59,12 @@ def fast_memory(
             "the memory was called inside a backward pass, as activation checkpointing does to recompute: it would "
             "write twice. Leave memory layers out of checkpointed regions"
         )
+    if query_BTHk.shape[0] == 0 or query_BTHk.shape[1] == 0:
+        return target_BTD.clone()  # as empty as the result
     dtype = view.keys_MH2nd.dtype
-    with torch.autocast(query_BTHk.device.type, enabled=False):
+    if statistics is not None:
+        statistics.begin_call()
+    with view.call(), torch.autocast(query_BTHk.device.type, enabled=False):
         query, target = query_BTHk.to(dtype), target_BTD.to(dtype)
         gate = None if gate_BT is None else gate_BT.to(dtype)
         keep_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, target, gate))
@@ -101,6 +107,7 @@ class _FastMemory(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, target, gate, mask, output, *saved = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):

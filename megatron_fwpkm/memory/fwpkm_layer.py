@@ -49,7 +49,7 @@ class FwPKMLayer(nn.Module):
         dtype: of the fast state; float64 in tests only
 
     The fast state is a plain attribute: no parameter, no buffer. `.to(device)` moves it, `.to(dtype)` does not change
-    it. With `memory_reads` off the layer passes its own value only, (1 - g) r.
+    it. With `memory_reads` off a read is 0, so the layer passes its own value only, (1 - g) r.
     """
 
     def __init__(
@@ -111,8 +111,7 @@ class FwPKMLayer(nn.Module):
     def _remember(self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
         view = self.fast_state.view(query.shape[0], training=self.training)
         self.fast_state.begin_microbatch()
-        with self.fast_state.call():
-            return fast_memory(query, value, gate, mask, view, self.config, statistics=self._statistics)
+        return fast_memory(query, value, gate, mask, view, self.config, statistics=self._statistics)
 
     def make_cache(self, batch: int, **options: Any) -> MemoryCache:
         """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them."""

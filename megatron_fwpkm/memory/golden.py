@@ -8,6 +8,7 @@ Cached cases have the state after each writing call (`keys_after_7`) and the los
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,25 @@ class CaseResult:
         return bool(self.arrays) and all(array.passed for array in self.arrays)
 
 
+_MODULE_SETTINGS = {
+    *("mem_heads", "mem_topk", "mem_n_subkeys", "mem_k_dim", "mem_v_dim", "lookahead", "qk_score_type"),
+    *("score_nonlinear", "score_temperature", "optimizer_type", "learning_rate", "weight_decay", "loss_type"),
+    *("mem_grad_to_values_only", "grad_clip", "addr_loss", "addr_loss_weight", "fp32_fw"),
+}
+# Arrays that are inputs (with or without a call's suffix) and need no comparison; grad_norms are norms of the paper's
+# inner gradients before scaling, which the final keys and values already determine.
+_INPUTS = {"keys0", "values0", "q", "ref_v", "gates", "loss_mask", "cot", "grad_norms"}
+
+
 def memory_config(module: dict[str, Any], chunk_size: int, **overrides: Any) -> MemoryConfig:
     """Settings in the names of the paper's code to a `MemoryConfig`.
 
     Raises:
         GoldenCaseError: a setting that this memory does not have (another inner optimizer or loss).
     """
+    unknown = sorted(set(module) - _MODULE_SETTINGS)
+    if unknown:
+        raise GoldenCaseError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(_MODULE_SETTINGS))}")
     for name, only in (("optimizer_type", "sgd"), ("loss_type", "mse")):
         if module.get(name, only) != only:
             raise GoldenCaseError(f"{name} is {module[name]!r}; only {only!r} is known")
@@ -95,14 +109,16 @@ def memory_config(module: dict[str, Any], chunk_size: int, **overrides: Any) -> 
 
 class _Case:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        try:
-            self.description = json.loads(path.read_text())
-            with np.load(path.with_suffix(".npz")) as arrays:
-                self.arrays = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files}
-            self.run, module = self.description["run"], self.description["module"]
-            self.config = memory_config(module, self.run["chunk_size"])
-        except (OSError, KeyError, ValueError) as error:
-            raise GoldenCaseError(f"{path}: not a readable layer case ({type(error).__name__}: {error})") from error
+        self.description = json.loads(path.read_text())
+        with np.load(path.with_suffix(".npz")) as arrays:
+            self.arrays = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files}
+        declared = set(self.description.get("arrays", self.arrays))
+        if declared != set(self.arrays):
+            differing = ", ".join(sorted(declared ^ set(self.arrays)))
+            raise GoldenCaseError(f"the arrays of the .npz are not those that the .json names: {differing}")
+        self.run = self.description["run"]
+        self.config = memory_config(self.description["module"], self.run["chunk_size"])
+        self.compared: set[str] = set()
         self.bfloat16 = self.run.get("dtype") == "bf16"
         self.dtype = torch.float32 if self.bfloat16 else dtype
         self.result = CaseResult(self.description["name"])
@@ -133,6 +149,7 @@ class _Case:
         """Compare with the case's array, if it has one of that name."""
         if name not in self.arrays:
             return
+        self.compared.add(name)
         wanted = self.arrays[name]
         if found is None or found.shape != wanted.shape:
             self.result.arrays.append(ArrayResult(name, float("inf"), 0.0))
@@ -147,6 +164,12 @@ class _Case:
         else:
             self.result.arrays.append(ArrayResult(name, error / size, self.tolerance(name)))
 
+    def finish(self) -> None:
+        """An array that nothing was compared with fails: the case holds more than what was run."""
+        for name in sorted(set(self.arrays) - self.compared):
+            if re.sub(r"_call\d+$", "", name) not in _INPUTS:
+                self.result.arrays.append(ArrayResult(f"{name} (never computed)", float("inf"), 0.0))
+
     def compare_state(self, keys_name: str, values_name: str, keys: Tensor, values: Tensor) -> None:
         self.compare(keys_name, keys.reshape(self.arrays["keys0"].shape))
         self.compare(values_name, values)
@@ -158,12 +181,16 @@ def replay_case(path: Path, dtype: torch.dtype = torch.float64) -> CaseResult:
     Raises:
         GoldenCaseError: the case can't be read.
     """
-    case = _Case(path, dtype)
-    if "calls" in case.run:
-        _replay_cached(case)
-    else:
-        for call in range(case.run.get("ncalls", 1)):
-            _replay_call(case, "" if call == 0 else f"_call{call}")
+    try:
+        case = _Case(path, dtype)
+        if "calls" in case.run:
+            _replay_cached(case)
+        else:
+            for call in range(case.run.get("ncalls", 1)):
+                _replay_call(case, "" if call == 0 else f"_call{call}")
+        case.finish()
+    except Exception as error:  # whatever is wrong with a file must not look like a wrong result
+        raise GoldenCaseError(f"{path}: not a usable layer case ({type(error).__name__}: {error})") from error
     return case.result
 
 
@@ -236,7 +263,10 @@ def find_cases(folder: Path) -> list[Path]:
     """The layer cases of a folder, sorted by name. Raises GoldenCaseError when there are none."""
     if not folder.is_dir():
         raise GoldenCaseError(f"{folder} is not a folder of cases")
-    paths = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".npz").is_file()]
+    paths = sorted(folder.glob("*.json"))
+    for path in paths:
+        if not path.with_suffix(".npz").is_file():
+            raise GoldenCaseError(f"{path} has no {path.stem}.npz beside it")
     if not paths:
         raise GoldenCaseError(f"{folder} holds no case (a .json with an .npz of the same name)")
     return paths

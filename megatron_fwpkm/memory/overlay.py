@@ -7,6 +7,8 @@ clearing, so neither making nor dropping an overlay touches more than the touche
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +21,22 @@ if TYPE_CHECKING:
 _RESCALE_BELOW = 2.0**-20
 
 
+def usable_in_training(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd can save if it was made under `torch.inference_mode`."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class StaleOverlayError(RuntimeError):
     """The base memory was written after the overlay was laid over it."""
+
+
+def _unset(length: int, device: torch.device) -> Tensor:
+    """int32 [length] of whatever is there. (torch.empty would fill it when deterministic algorithms are asked for.)"""
+    storage = torch.UntypedStorage(4 * length, device=device)
+    return torch.empty(0, dtype=torch.int32, device=device).set_(storage, 0, (length,), (1,))
 
 
 class Overlay:
@@ -29,13 +45,14 @@ class Overlay:
     def __init__(self, base: FastState, memories: int) -> None:
         self.base, self.memories = base, memories
         self._keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
-        self._base_version = base.version
+        self._base_generation = base.generation
         self._base_factor = base.scale  # what an untouched row is multiplied with
         self._factor = 1.0  # what a stored row is multiplied with
-        self._position = torch.empty(memories * base.num_slots, dtype=torch.int32, device=base.device)
+        self._position = _unset(memories * base.num_slots, base.device)
         self._slots = torch.empty(0, dtype=torch.int64, device=base.device)
         self._rows = torch.empty(0, base.v_dim, dtype=base.dtype, device=base.device)
         self._count = 0
+        self._broken = False
 
     @property
     def keys_MH2nd(self) -> Tensor:
@@ -51,6 +68,15 @@ class Overlay:
         """[touched] int64: slots (memory * N + slot) that were written."""
         return self._slots[: self._count]
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call that fails half-way leaves the overlay unusable: it can be dropped or cleared, not gone on with."""
+        try:
+            yield
+        except BaseException:
+            self._broken = True
+            raise
+
     def _find(self, slots_U: Tensor) -> tuple[Tensor, Tensor]:
         position = self._position[slots_U].long()
         inside = (position >= 0) & (position < self._count)
@@ -60,8 +86,18 @@ class Overlay:
         return position, inside & (self._slots[position] == slots_U)
 
     def read_rows(self, slots_U: Tensor) -> Tensor:
-        """True values [U, D] of distinct slots, as a new tensor."""
-        if self.base.version != self._base_version:
+        """True values [U, D] of distinct slots, as a new tensor.
+
+        Raises:
+            StaleOverlayError: the base was written since the overlay was made.
+            RuntimeError: an earlier call failed half-way.
+        """
+        if self._broken:
+            raise RuntimeError(
+                "an earlier call failed while it wrote this memory; roll the step back, or make a new evaluation or "
+                "cache"
+            )
+        if self.base.generation != self._base_generation:
             raise StaleOverlayError(
                 "the fast state under this overlay was written after the overlay was made; make a new cache or "
                 "finish using the old one before training goes on"
@@ -103,7 +139,7 @@ class Overlay:
 
     def write_keys(self, keys_MH2nd: Tensor) -> None:
         """Replace the sub-keys."""
-        self._keys_MH2nd = keys_MH2nd
+        self._keys_MH2nd = usable_in_training(keys_MH2nd)
 
     def _reserve(self, rows: int) -> None:
         if rows <= self._slots.numel():
@@ -118,8 +154,9 @@ class Overlay:
     def clear(self) -> None:
         """Forget everything written; the memories are the base's again."""
         self._keys_MH2nd = self.base.keys_H2nd.unsqueeze(0).expand(self.memories, -1, -1, -1, -1)
-        self._base_version, self._base_factor, self._factor = self.base.version, self.base.scale, 1.0
+        self._base_generation, self._base_factor, self._factor = self.base.generation, self.base.scale, 1.0
         self._count = 0
+        self._broken = False
 
     def values_ND(self, memory: int = 0) -> Tensor:
         """Dense copy [N, D] of one memory. O(N): for tests and for saving."""

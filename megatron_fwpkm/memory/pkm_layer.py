@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fwpkm_kernels import gather_dot, gather_weighted_sum, plan_slots, product_key_topk, scatter_weighted_add
 from megatron_fwpkm.memory import addressing
-from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.config import MemoryConfig, MemoryConfigError
 from megatron_fwpkm.memory.norms import RMSNorm
 
 QUERY_NORM_EPSILON = 1e-6
@@ -43,6 +44,8 @@ class PKMConfig:
     """Gradient of the values as a sparse tensor of the rows read; dense otherwise."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sparse_gradients, bool):
+            raise MemoryConfigError(f"sparse_gradients is {self.sparse_gradients!r}; it must be of type bool")
         object.__setattr__(
             self,
             "addressing",
@@ -71,16 +74,18 @@ class _ProductKeyValues(torch.autograd.Function):
         plan = plan_slots(addressing.heads_last(top.slot, 1))
         ctx.config, ctx.top, ctx.plan = config, top, plan
         ctx.save_for_backward(halves, keys, values, weight_HXK)
-        return gather_weighted_sum(values.index_select(0, plan.slots_U), plan.inverse_XP, weight_XP)
+        rows = values.index_select(0, plan.slots_U).to(query.dtype)
+        return gather_weighted_sum(rows, plan.inverse_XP, weight_XP)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_XD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         config: PKMConfig = ctx.config
         settings = config.addressing
         assert settings is not None
         top, plan = ctx.top, ctx.plan
         halves, keys, values, weight = ctx.saved_tensors
-        rows = values.index_select(0, plan.slots_U)
+        rows = values.index_select(0, plan.slots_U).to(gradient_XD.dtype)
         of_weight = addressing.heads_first(gather_dot(rows, plan.inverse_XP, gradient_XD.contiguous()), 1, config.heads)
         of_score = weight * (of_weight - (weight * of_weight).sum(-1, keepdim=True))
         of_subscore = addressing.spread_to_subkeys(of_score, top)
@@ -90,7 +95,7 @@ class _ProductKeyValues(torch.autograd.Function):
         of_keys = addressing.key_gradient(halves, flat_keys, top, subkeys, of_subscore, settings).view_as(keys)
         of_rows = scatter_weighted_add(plan.segments, gradient_XD, addressing.heads_last(weight, 1))
         of_values = torch.sparse_coo_tensor(
-            plan.slots_U.unsqueeze(0), of_rows, values.shape, is_coalesced=True, check_invariants=False
+            plan.slots_U.unsqueeze(0), of_rows.to(values.dtype), values.shape, is_coalesced=True, check_invariants=False
         )
         if not config.sparse_gradients:
             of_values = of_values.to_dense()
@@ -136,12 +141,16 @@ class PKMLayer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """[B, T, E] to [B, T, E]. Addressing runs in float32 or wider."""
+        """[B, T, E] to [B, T, E]. Addressing runs in float32 or wider. Raises ValueError for another shape."""
         config = self.config
+        if x_BTE.dim() != 3 or x_BTE.shape[-1] != self.hidden_size:
+            raise ValueError(f"input has shape {tuple(x_BTE.shape)}; expected [batch, tokens, {self.hidden_size}]")
+        if x_BTE.numel() == 0:
+            return x_BTE.clone()
         query = self.query_norm(self.query_projection(x_BTE)).flatten(0, 1).unflatten(-1, (config.heads, -1))
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(x_BTE.device.type, enabled=False):
-            read_XD = _ProductKeyValues.apply(query.to(dtype), self.keys.to(dtype), self.values.to(dtype), config)
+            read_XD = _ProductKeyValues.apply(query.to(dtype), self.keys.to(dtype), self.values, config)
         read = read_XD.view(*x_BTE.shape[:2], -1).to(x_BTE.dtype)
         return self.output_projection(read * nn.functional.silu(self.gate_projection(x_BTE)))
 

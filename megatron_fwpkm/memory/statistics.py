@@ -34,6 +34,10 @@ class MemoryStatistics:
         self._memories = 1
         self._tensors: dict[str, Tensor] = {}
 
+    def begin_call(self) -> None:
+        """Forget what a call that failed may have left."""
+        self._chunks = []
+
     def add_chunk(self, plan: SlotPlan, memories: int) -> None:
         """Note the slots of one chunk (references, no copies)."""
         self._chunks.append((plan.slots_U, plan.counts_U))

@@ -97,7 +97,7 @@ def _runner(path: str, config: Any, state: Any, leaves: list[torch.Tensor]) -> C
 
 def measure_row(settings: BenchmarkSettings, path: str, n: int) -> BenchmarkRow:
     """Measure one path at one size in this process (which must be fresh for the peak to mean something)."""
-    from megatron_fwpkm.memory import MemoryTrace, fast_memory
+    from megatron_fwpkm.memory import FastState, MemoryTrace, fast_memory
     from megatron_fwpkm.profiling.traffic import RowTraffic
 
     config, state, leaves = _make(settings, n)
@@ -131,6 +131,9 @@ def measure_row(settings: BenchmarkSettings, path: str, n: int) -> BenchmarkRow:
         del out
     with RowTraffic(settings.width) as traffic:
         both()
+    fresh = FastState(config, seed=0)  # all paths are asked about the same slots
+    state.replace(fresh.keys_H2nd, fresh.table_ND)
+    del fresh
     trace = MemoryTrace()
     with torch.no_grad():
         fast_memory(leaves[0], leaves[1], leaves[2], None, state, config, trace=trace)

@@ -38,5 +38,5 @@ def test_unreadable_cases_are_named(tmp_path: Path) -> None:
         find_cases(tmp_path / "none")
     (tmp_path / "a.json").write_text(json.dumps({"name": "a"}))
     (tmp_path / "a.npz").write_bytes(b"nothing")
-    with pytest.raises(GoldenCaseError, match=r"a\.json: not a readable layer case"):
+    with pytest.raises(GoldenCaseError, match=r"a\.json: not a usable layer case"):
         replay_case(tmp_path / "a.json")
