@@ -126,6 +126,7 @@ class MemoryCache:
         """
         if query_BTHk.shape[0] != self.batch:
             raise ValueError(f"the cache was made for {self.batch} sequences; this call has {query_BTHk.shape[0]}")
+        self.view.check_usable()
         check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, self.view, self.config)
         dtype = self.view.keys_MH2nd.dtype
         gate = None if gate_BT is None else gate_BT.to(dtype)

@@ -77,16 +77,8 @@ class Overlay:
             self._broken = True
             raise
 
-    def _find(self, slots_U: Tensor) -> tuple[Tensor, Tensor]:
-        position = self._position[slots_U].long()
-        inside = (position >= 0) & (position < self._count)
-        position = position.where(inside, 0)
-        if self._count == 0:
-            return position, inside
-        return position, inside & (self._slots[position] == slots_U)
-
-    def read_rows(self, slots_U: Tensor) -> Tensor:
-        """True values [U, D] of distinct slots, as a new tensor.
+    def check_usable(self) -> None:
+        """Raise if this memory can't be gone on with.
 
         Raises:
             StaleOverlayError: the base was written since the overlay was made.
@@ -102,6 +94,18 @@ class Overlay:
                 "the fast state under this overlay was written after the overlay was made; make a new cache or "
                 "finish using the old one before training goes on"
             )
+
+    def _find(self, slots_U: Tensor) -> tuple[Tensor, Tensor]:
+        position = self._position[slots_U].long()
+        inside = (position >= 0) & (position < self._count)
+        position = position.where(inside, 0)
+        if self._count == 0:
+            return position, inside
+        return position, inside & (self._slots[position] == slots_U)
+
+    def read_rows(self, slots_U: Tensor) -> Tensor:
+        """True values [U, D] of distinct slots, as a new tensor. Raises as `check_usable` does."""
+        self.check_usable()
         rows = self.base.table_ND.index_select(0, slots_U % self.base.num_slots if self.memories > 1 else slots_U)
         if self._base_factor != 1.0:
             rows.mul_(self._base_factor)

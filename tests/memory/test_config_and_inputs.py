@@ -83,12 +83,13 @@ def test_nan_does_not_hang_or_crash_and_can_be_rolled_back() -> None:
     inputs = make_inputs(CONFIG, 2, 6, 0, dtype=torch.float32)
     inputs.query[0, 1] = float("nan")
     state = FastState(CONFIG)
-    table = state.table_ND.clone()
+    table, keys = state.table_ND.clone(), state.keys_H2nd.clone()
     state.begin_step()
     with torch.no_grad():
         fast_memory(*inputs.tensors(), state, CONFIG)
+    assert not bool(torch.isfinite(state.table_ND).all())
     state.rollback_step()
-    assert torch.equal(table, state.table_ND)
+    assert torch.equal(table, state.table_ND) and torch.equal(keys, state.keys_H2nd)
 
 
 def test_bad_cache_options_are_named() -> None:

@@ -156,9 +156,9 @@ def test_reset_policies_forget(reset: str) -> None:
 @pytest.mark.parametrize("reset", ["carry", "per_step", "per_sequence"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_steps_resets_evaluation_and_rollback_touch_only_touched_rows(reset: str, weight_decay: float) -> None:
-    """Nothing of the table's size is made or passed over: 65536 slots, 64 tokens."""
+    """Nothing of the table's size is made or passed over: 262144 slots, 64 tokens."""
     config = MemoryConfig(
-        n_subkeys=256,
+        n_subkeys=512,
         topk=4,
         k_dim=16,
         v_dim=64,
@@ -168,7 +168,6 @@ def test_steps_resets_evaluation_and_rollback_touch_only_touched_rows(reset: str
     )
     layer = FwPKMLayer(8, config)
     hidden = torch.randn(2, 32, 8)
-    table_elements = layer.fast_state.table_ND.numel()
     touched = hidden.shape[0] * hidden.shape[1] * config.reads_per_token * config.v_dim
     with RowTraffic(config.v_dim) as traffic:
         layer.fast_state.begin_step()
@@ -179,9 +178,9 @@ def test_steps_resets_evaluation_and_rollback_touch_only_touched_rows(reset: str
         layer.eval()
         with layer.fast_state.evaluation():
             layer(hidden)
-    assert traffic.largest_result < table_elements // 4
+    assert touched < config.num_slots // 2
+    assert traffic.largest_result < config.num_slots  # not even one number for each slot
     assert traffic.bytes_moved < 200 * touched * 4
-    assert touched < table_elements // 8
 
 
 def test_dtype_conversion_leaves_the_state_alone() -> None:
