@@ -6,7 +6,7 @@ needs no configuration library; everything else is defined here.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,7 +16,7 @@ from megatron_fwpkm.model.settings import DecoderConfig
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors, attribute docstrings describe the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -42,12 +42,15 @@ class DataConfig(Section):
     """Loader processes per rank; 0 reads in the training process."""
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerConfig(Section):
     """AdamW over the slow weights."""
 
     learning_rate: float = Field(default=3e-3, gt=0.0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0.0)
     """Term added to the denominator."""
@@ -74,6 +77,8 @@ class TrainingConfig(Section):
     """ZeRO stage; only 1 is supported so far."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of slow weights and activations; fast state is fp32 always."""
+    max_skipped_steps: int = Field(default=20, ge=1)
+    """Steps in a row that may be skipped as not finite before the job ends with an error."""
     stop_after_step: int | None = Field(default=None, ge=1)
     """Stop with a checkpoint after this step although the schedule goes on; null means never."""
 

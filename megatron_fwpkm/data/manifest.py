@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from megatron_fwpkm.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+VERIFY_AT_START = 1 << 30
+"""Bytes of shards whose hashes are compared before a job starts; further ones are checked when they are read."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,26 @@ def read_manifest(directory: Path) -> Manifest:
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{file} is missing or damaged; delete {directory} to prepare the corpus again")
     return manifest
+
+
+def check_shards(directory: Path) -> None:
+    """Compare the shards of every split with the hashes in its index, up to VERIFY_AT_START bytes of them.
+
+    A shard that is found damaged only when it is read stops one rank and leaves the others waiting. Raises UserError.
+    """
+    left = VERIFY_AT_START
+    for index in sorted(directory.glob("*/index.json")):
+        for shard in json.loads(index.read_text())["shards"]:
+            stored = shard.get("zip_data") or shard["raw_data"]
+            left -= stored["bytes"]
+            if left < 0:
+                return
+            path = index.parent / stored["basename"]
+            for algorithm, wanted in stored["hashes"].items():
+                if algorithm in hashlib.algorithms_available and _digest(path, algorithm) != wanted:
+                    raise UserError(f"{path} is damaged; delete {directory} to prepare the corpus again")
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -43,6 +43,11 @@ class DecoderConfig:
         for name in ("hidden_size", "layers", "attention_heads", "key_value_heads", "head_dim", "mlp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rotary_base", "norm_epsilon"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if not 0 <= self.initial_std < float("inf"):
+            raise ValueError(f"initial_std must be at least 0 and finite, not {self.initial_std}")
         if self.attention_heads % self.key_value_heads:
             raise ValueError(
                 f"attention_heads ({self.attention_heads}) must be a multiple of key_value_heads "

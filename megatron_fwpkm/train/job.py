@@ -6,13 +6,13 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed
 
 from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.manifest import Manifest
+from megatron_fwpkm.data.manifest import Manifest, check_shards
 from megatron_fwpkm.data.prepare import corpus_request, prepare_corpus
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, open_scratch, use_as_temporary_folder
 from megatron_fwpkm.data.streaming import TokenBatch, TokenLoader
@@ -27,8 +27,13 @@ from megatron_fwpkm.train.engine import build_engine
 from megatron_fwpkm.train.loop import Job, Progress, evaluate, resume, train
 from megatron_fwpkm.train.metrics import MetricsWriter
 from megatron_fwpkm.train.optimizer import build_optimizer
-from megatron_fwpkm.train.run_directory import check_same_configuration, write_description, write_summary
-from megatron_fwpkm.train.stop import StopRequest
+from megatron_fwpkm.train.run_directory import (
+    check_same_configuration,
+    lock_run_directory,
+    write_description,
+    write_summary,
+)
+from megatron_fwpkm.train.stop import StopRequest, end_with_parent
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this times the tensor-parallel size."""
@@ -46,10 +51,16 @@ def run_job(config: TrainConfig) -> None:
     """
     started = time.perf_counter()
     stop = StopRequest()
+    end_with_parent()
     ranks = parallel.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
     with ExitStack() as open_things:
         open_things.callback(parallel.shut_down)
         scratch = open_things.enter_context(_shared_scratch(ranks))
+        run_lock = parallel.agree_on_errors(
+            lambda: lock_run_directory(Path(config.run_directory)) if ranks.is_leader else nullcontext(),
+            "locking the run directory",
+        )
+        open_things.enter_context(run_lock)
         say: Callable[[str], None] = _print if ranks.is_leader else _ignore
         # The command that started the processes has prepared the data and said so.
         said = SCRATCH_VARIABLE in os.environ
@@ -87,12 +98,18 @@ def _prepare_in_turns(
 ) -> tuple[Path, Manifest]:
     """Rank 0 prepares what is missing; the others then find it prepared."""
     if ranks.is_leader:
-        corpus = parallel.agree_on_errors(lambda: prepare_data(config, say), "preparing the data")
+        corpus = parallel.agree_on_errors(lambda: _prepare_and_verify(config, say), "preparing the data")
         parallel.agree_on_errors(lambda: None, "reading the manifest")
     else:
         parallel.agree_on_errors(lambda: None, "preparing the data")
         corpus = parallel.agree_on_errors(lambda: prepare_data(config, say), "reading the manifest")
     return corpus
+
+
+def _prepare_and_verify(config: TrainConfig, say: Callable[[str], None]) -> tuple[Path, Manifest]:
+    corpus, manifest = prepare_data(config, say)
+    check_shards(corpus)
+    return corpus, manifest
 
 
 def _build(config: TrainConfig, ranks: parallel.Topology, corpus: Path, manifest: Manifest, scratch: Path) -> Job:
@@ -118,6 +135,7 @@ def _build(config: TrainConfig, ranks: parallel.Topology, corpus: Path, manifest
         model=model,
         loader=loader("train", shuffle=True),
         held_out=_held_out(config, ranks, manifest, loader("validation", shuffle=False)),
+        corpus={"corpus": manifest.corpus_sha256, "tokenizer": manifest.tokenizer_sha256},
         store=CheckpointStore(Path(config.run_directory) / "checkpoints", config.checkpoint.keep, ranks),
         display=Display(False, config.logging.every, config.training.steps, 0),
         metrics=None,

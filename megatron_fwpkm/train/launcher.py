@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from types import FrameType
 
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch
 from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE
+from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
 """Time that processes have to save and stop, once their launcher was told to end, before they are killed."""
@@ -51,7 +50,7 @@ def _run(script: Sequence[str], processes: int) -> int:
         ]
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which asks for an orderly stop.
         child = subprocess.Popen(
-            command, env=environment, start_new_session=True, pass_fds=(lock,), preexec_fn=_end_with_parent
+            command, env=environment, start_new_session=True, pass_fds=(lock,), preexec_fn=end_with_parent
         )
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
@@ -95,10 +94,3 @@ def report_user_error(message: str) -> bool:
     if os.environ.get("RANK") == "0":
         Path(scratch, _ERROR_FILE).write_text(message)
     return True
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to send the launcher SIGTERM when this process dies: the job then saves and stops."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

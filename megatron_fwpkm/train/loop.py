@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.streaming import TokenBatch, TokenLoader
+from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, held_out_loss
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.topology import Topology
@@ -33,6 +34,8 @@ class Job:
     loader: TokenLoader
     held_out: Sequence[TokenBatch]
     store: CheckpointStore
+    corpus: dict[str, str]
+    """Hashes that tell corpora and tokenizers apart."""
     display: Display
     metrics: MetricsWriter | None
     """None on ranks that record nothing."""
@@ -45,6 +48,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     first_loss: float | None = None
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last applied steps, at most RECENT_STEPS; their mean is the loss at the end."""
@@ -83,9 +87,16 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
         result = stepper.run(stop_requested())
         _advance(progress, result, time.perf_counter() - started)
         _report_step(job, progress, result, rate, time.perf_counter() - started)
+        if progress.skipped_in_a_row >= config.training.max_skipped_steps:
+            raise SharedUserError(
+                f"the last {progress.skipped_in_a_row} steps, up to step {progress.step}, were not finite and were "
+                "skipped: training has diverged. Lower optimizer.learning_rate or model.memory.learning_rate, or "
+                "resume from an older checkpoint"
+            )
         progress.stopped_early = result.stop_requested and progress.step < last_step
         ending = progress.stopped_early or progress.step == last_step
-        if config.evaluation.every and progress.step % config.evaluation.every == 0 and not ending:
+        finished = progress.step == config.training.steps  # measured at the end anyway
+        if config.evaluation.every and progress.step % config.evaluation.every == 0 and not finished:
             evaluate(job, progress)
         if ending or progress.step % config.checkpoint.every == 0:
             save(job, progress)
@@ -119,6 +130,7 @@ def save(job: Job, progress: Progress) -> Path:
         first_loss=progress.first_loss,
         recent_losses=progress.recent_losses,
         data_cursor=job.loader.state_dict(),
+        corpus=job.corpus,
         world_size=job.topology.world_size,
     )
     started = time.perf_counter()
@@ -130,6 +142,11 @@ def save(job: Job, progress: Progress) -> Path:
 def resume(job: Job, source: Path) -> Progress:
     """Restore everything from a checkpoint."""
     state = job.store.load(source, job.engine, job.model)
+    if state.corpus != job.corpus:
+        raise SharedUserError(
+            f"{source} was trained on another corpus or tokenizer than data.directory holds for this configuration "
+            "(another version of Python, say); give the same corpus, or another run_directory to begin anew"
+        )
     job.loader.load_state_dict(state.data_cursor)
     return Progress(
         step=state.step,
@@ -146,6 +163,7 @@ def _advance(progress: Progress, result: StepResult, seconds: float) -> None:
     progress.tokens_this_start += result.tokens
     progress.seconds += seconds
     progress.skipped_steps += not result.applied
+    progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     if result.applied:
         if progress.first_loss is None:
             progress.first_loss = result.loss

@@ -11,16 +11,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_fwpkm.config import TrainConfig, UserError, differing_keys, to_yaml
 from megatron_fwpkm.files import write_atomically
 
-CHANGEABLE_ON_RESUME = ("logging", "checkpoint", "evaluation", "name", "run_directory", "training.stop_after_step")
+CHANGEABLE_ON_RESUME = (
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "name",
+    "run_directory",
+    "training.stop_after_step",
+    "parallel",
+)
 """Keys that don't touch what is computed, so that a run may go on with other values."""
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
 
@@ -47,6 +58,32 @@ def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:
             f"{run_directory} has a run that began with other values (then, now): {'; '.join(changed)}. Give the same "
             f"values to resume it, another run_directory to begin anew, or delete {run_directory}"
         )
+
+
+@contextmanager
+def _held(file: IO[str]) -> Iterator[None]:
+    with file:
+        yield
+
+
+def lock_run_directory(run_directory: Path) -> AbstractContextManager[None]:
+    """Take the run directory for this job, for as long as the context lasts.
+
+    Raises UserError if another job has it, or it can't be written.
+    """
+    try:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        file = open(run_directory / ".lock", "w")  # noqa: SIM115 - held open by the context
+    except OSError as error:
+        raise UserError(f"cannot write to {run_directory}: {error.strerror}; give another run_directory") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another job is running in {run_directory}; wait for it, stop it, or give another run_directory"
+        ) from None
+    return _held(file)
 
 
 def write_description(run_directory: Path, config: TrainConfig, world_size: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -28,3 +30,10 @@ class StopRequest:
     def is_set(self) -> bool:
         """Whether this process has been asked to stop."""
         return self._received or (self._file is not None and self._file.exists())
+
+
+def end_with_parent() -> None:
+    """Ask Linux to send this process SIGTERM when its parent dies: a job then saves and stops, whoever was killed."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
