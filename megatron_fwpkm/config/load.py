@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_fwpkm.config.schema import DataConfig, TrainConfig
+from megatron_fwpkm.config.schema import TrainConfig
+from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.errors import UserError
 
 

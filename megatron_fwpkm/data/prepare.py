@@ -31,7 +31,7 @@ from megatron_fwpkm.files import sync_path, sync_tree
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from megatron_fwpkm.config import DataConfig
+    from megatron_fwpkm.data.settings import DataConfig
 
 SHARD_HASHES = ("sha1", "xxh64")
 _DOCUMENTS_PER_BATCH = 256

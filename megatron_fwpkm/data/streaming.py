@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from megatron_fwpkm.compatibility import mend_torchvision
+from megatron_fwpkm.data.batch import TokenBatch
 from megatron_fwpkm.errors import UserError
-
-_operator_library: list[Any] = []
-"""Keeps the operator definitions below alive; torch drops them with the object."""
 
 _CANONICAL_NODES = 1
 """Into how many parts the order of samples is divided; fixed, so that it depends on the seed alone."""
@@ -26,38 +23,12 @@ _SEGMENT_NUMBERS = 900_000
 """Names of shared memory have six digits."""
 
 
-@functools.cache
 def import_streaming() -> ModuleType:
-    """Import mosaicml-streaming, on machines too where torchvision's compiled operators can't load.
-
-    streaming imports transformers, which imports torchvision, which registers fake versions of two operators at
-    import. With a CPU build of torch beside another build of torchvision these operators don't exist and the import
-    fails; defining their schemas is enough, because nothing here calls them.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass  # not installed: transformers then does without
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operator_library.append(library)
+    """mosaicml-streaming, which imports transformers and with it torchvision."""
+    mend_torchvision()
     import streaming
 
     return streaming
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """One microbatch: int64 token ids [B, T] and the ids that follow them."""
-
-    tokens_BT: torch.Tensor
-    labels_BT: torch.Tensor
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on a device."""
-        return TokenBatch(self.tokens_BT.to(device), self.labels_BT.to(device))
 
 
 class TokenLoader:

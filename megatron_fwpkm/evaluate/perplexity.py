@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_fwpkm.data.streaming import TokenBatch
+from megatron_fwpkm.data.batch import TokenBatch
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.topology import sum_over_ranks
 

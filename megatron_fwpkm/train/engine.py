@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_fwpkm.config import OptimizerConfig, TrainingConfig
+from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 
 
 def engine_settings(training: TrainingConfig, gradient_clipping: float) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch.distributed
 
 from megatron_fwpkm.config import TrainConfig
+from megatron_fwpkm.data.batch import TokenBatch
 from megatron_fwpkm.data.manifest import Manifest, check_shards
 from megatron_fwpkm.data.prepare import corpus_request, prepare_corpus
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, open_scratch, use_as_temporary_folder
-from megatron_fwpkm.data.streaming import TokenBatch, TokenLoader
+from megatron_fwpkm.data.streaming import TokenLoader
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss
 from megatron_fwpkm.model.decoder import Decoder

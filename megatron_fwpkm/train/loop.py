@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.streaming import TokenBatch, TokenLoader
+from megatron_fwpkm.data.batch import TokenBatch
+from megatron_fwpkm.data.streaming import TokenLoader
 from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, held_out_loss
 from megatron_fwpkm.model.decoder import Decoder
