@@ -16,18 +16,29 @@ from megatron_fwpkm.errors import UserError  # noqa: E402
 def main(
     config: Path = typer.Option(Path("configs/data/stdlib.yaml"), help="A data configuration."),
     seed: int = typer.Option(1234, min=0, help="Seed of the document split; training uses its `seed`."),
+    processes: int = typer.Option(None, min=1, help="Processes; default: one a core. The result doesn't depend on it."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs that override the file."),
 ) -> None:
-    """Tokenize a corpus into MDS shards; a finished preparation of the same request is reused."""
+    """Tokenize a corpus into MDS shards; what is finished is reused, and a killed preparation goes on."""
     from megatron_fwpkm.config import load_data_config
-    from megatron_fwpkm.data.prepare import corpus_request, prepare_corpus
+    from megatron_fwpkm.data.corpus import prepare_corpus
+    from megatron_fwpkm.data.prepare import PreparationStopped
 
     try:
         settings = load_data_config(config, overrides or [])
-        prepare_corpus(corpus_request(settings, seed), Path(settings.directory), report=print)
+        if settings.recall is not None:
+            raise UserError(f"{config}: source recall is drawn as it is read, there is nothing to prepare")
+        prepare_corpus(settings, seed, _say, processes)
+    except PreparationStopped as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(128 + stopped.signal_number) from None
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -29,3 +30,16 @@ class TokenBatch:
         """The same batch on a device."""
         parts = (self.tokens_BT, self.labels_BT, self.documents_BT, self.positions_BT)
         return TokenBatch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
+
+class Loader(Protocol):
+    """Endless microbatches of one rank, with a cursor."""
+
+    def __next__(self) -> TokenBatch:
+        """The next microbatch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where reading stands: the global cursor, the same on all ranks, as JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved cursor, at any time; the next batch starts there. Raises UserError if it can't."""

@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fwpkm.data.blocks import INDEX_FILE
 from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_VERSION = 3
 VERIFY_AT_START = 1 << 30
 """Bytes of shards whose hashes are compared before a job starts; further ones are checked when they are read."""
 
@@ -22,7 +25,14 @@ class SplitCounts:
 
     documents: int
     tokens: int
-    sequences: int
+    part_documents: list[int]
+    """Documents of each part, in the order of the stream."""
+    part_tokens: list[int]
+    """Tokens of each part, in the order of the stream."""
+
+    def sequences(self, length: int) -> int:
+        """Sequences of `length` tokens, each with its labels: sequence i has tokens i*length to (i+1)*length."""
+        return max(0, (self.tokens - 1) // length)
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,20 @@ class Manifest:
     fingerprint: str
     request: dict[str, Any]
     """The settings that determine the content; the fingerprint is their hash."""
+    seed: int
+    """Seed of the split."""
     corpus_sha256: str
+    """Hash over the documents of all splits in the order of their streams."""
+    index_sha256: dict[str, str]
+    """Hash of each split's index, which has the hashes of its shards."""
     tokenizer_sha256: str
     vocab_size: int
-    sequence_length: int
+    end_of_document: str
     token_dtype: str
+    block_tokens: int
     characters: int
+    duplicates: int
+    """Documents left out because their part had the same text before."""
     splits: dict[str, SplitCounts]
     versions: dict[str, str]
     files: dict[str, int]
@@ -46,30 +64,42 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write manifest.json into the folder."""
-        (directory / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        write_atomically(directory / MANIFEST_FILE, json.dumps(asdict(self), sort_keys=True, indent=1) + "\n")
+
+    def split(self, name: str) -> SplitCounts:
+        """The counts of a split. Raises UserError if the corpus has none of that name."""
+        if name not in self.splits:
+            raise UserError(
+                f"the corpus has no {name} split, only {', '.join(sorted(self.splits))}; the settings "
+                f"data.validation_fraction and data.test_fraction make splits"
+            )
+        return self.splits[name]
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a prepared corpus and check that its files are there with the sizes it names.
+    """Read the manifest of a prepared corpus; check that its files are there with their sizes, and the indexes' hashes.
 
     Hashes of the shards are checked when they are read. Raises UserError if anything is missing or unreadable.
     """
     path = directory / MANIFEST_FILE
+    again = f"delete {directory} to prepare the corpus again, or replace it by an intact copy"
     try:
         content = json.loads(path.read_text())
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {again}")
         content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
         manifest = Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete {directory} to prepare the corpus again") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}; delete "
-            f"{directory} to prepare the corpus again"
-        )
+        raise UserError(f"cannot read {path}: {error}; {again}") from error
     for name, size in manifest.files.items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{file} is missing or damaged; delete {directory} to prepare the corpus again")
+            raise UserError(f"{file} is missing or damaged; {again}")
+    for split, sha256 in manifest.index_sha256.items():
+        index = directory / split / INDEX_FILE
+        if _digest(index, "sha256") != sha256:
+            raise UserError(f"{index} is damaged; {again}")
     return manifest
 
 
@@ -79,16 +109,24 @@ def check_shards(directory: Path) -> None:
     A shard that is found damaged only when it is read stops one rank and leaves the others waiting. Raises UserError.
     """
     left = VERIFY_AT_START
-    for index in sorted(directory.glob("*/index.json")):
-        for shard in json.loads(index.read_text())["shards"]:
-            stored = shard.get("zip_data") or shard["raw_data"]
-            left -= stored["bytes"]
-            if left < 0:
-                return
-            path = index.parent / stored["basename"]
-            for algorithm, wanted in stored["hashes"].items():
-                if algorithm in hashlib.algorithms_available and _digest(path, algorithm) != wanted:
-                    raise UserError(f"{path} is damaged; delete {directory} to prepare the corpus again")
+    for index in sorted(directory.glob(f"*/{INDEX_FILE}")):
+        try:
+            for shard in json.loads(index.read_text())["shards"]:
+                stored = shard.get("zip_data") or shard["raw_data"]
+                left -= stored["bytes"]
+                if left < 0:
+                    return
+                path = index.parent / stored["basename"]
+                for algorithm, wanted in stored["hashes"].items():
+                    if algorithm in hashlib.algorithms_available and _digest(path, algorithm) != wanted:
+                        raise UserError(damaged(path, directory))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(damaged(index, directory)) from error
+
+
+def damaged(path: Path, directory: Path) -> str:
+    """What to say about a damaged shard or index."""
+    return f"{path} is damaged; delete {directory} to prepare the corpus again, or replace the file by an intact copy"
 
 
 def _digest(path: Path, algorithm: str) -> str:

@@ -1,132 +1,278 @@
-"""Reading token shards with mosaicml-streaming: each data-parallel rank its own share, resumable in mid-epoch."""
+"""Batches of a corpus: each replica its own share, in an order that the seed alone decides, resumable in O(1)."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+import numpy
 import torch
+import torch.distributed
+from torch.utils.data import DataLoader, Dataset
 
-from megatron_fwpkm.compatibility import mend_torchvision
-from megatron_fwpkm.data.batch import TokenBatch
+from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
+from megatron_fwpkm.data.manifest import Manifest
+from megatron_fwpkm.data.order import SequenceOrder
+from megatron_fwpkm.data.settings import DataConfig
+from megatron_fwpkm.data.token_stream import TokenStream
 from megatron_fwpkm.errors import UserError
-
-_CANONICAL_NODES = 1
-"""Into how many parts the order of samples is divided; fixed, so that it depends on the seed alone."""
-
-_SEGMENT_NUMBERS = 900_000
-"""Names of shared memory have six digits."""
+from megatron_fwpkm.processes import end_with_parent
 
 
-def import_streaming() -> ModuleType:
-    """mosaicml-streaming, which imports transformers and with it torchvision."""
-    mend_torchvision()
-    import streaming
+@dataclass(frozen=True)
+class ReadingPlan:
+    """What decides which tokens sample number n has, and in which form they come."""
 
-    return streaming
+    sequence_length: int
+    documents: Literal["joined", "separate"] = "joined"
+    shuffle_seed: int | None = None
+    """None reads in the order of the stream."""
+    stretch_tokens: int = 1 << 16
+    group: int = 64
+    cache_bytes: int = 1 << 62
+
+    @classmethod
+    def of(cls, settings: DataConfig, shuffle: bool) -> ReadingPlan:
+        """The plan of a data section."""
+        return cls(
+            sequence_length=settings.sequence_length,
+            documents=settings.documents,
+            shuffle_seed=settings.shuffle_seed if shuffle else None,
+            stretch_tokens=settings.shuffle_stretch,
+            group=settings.shuffle_group,
+            cache_bytes=int(settings.cache_gigabytes * (1 << 30)),
+        )
+
+
+class _Samples(Dataset[torch.Tensor]):
+    """Samples by their number; used by the training process or by its loader processes, which each have a copy."""
+
+    def __init__(self, corpus: Path, manifest: Manifest, split: str, cache: Path, plan: ReadingPlan) -> None:
+        self.plan = plan
+        # A stretch may lie in two shards.
+        self._stream = TokenStream(corpus, manifest, split, cache, 2 * plan.group, plan.cache_bytes)
+        self.sequences = manifest.split(split).sequences(plan.sequence_length)
+        if not self.sequences:
+            raise UserError(
+                f"the {split} split has {self._stream.tokens:,} tokens, fewer than one sequence; lower "
+                f"data.sequence_length or prepare more documents"
+            )
+        stretch = max(1, plan.stretch_tokens // plan.sequence_length)
+        self._order = SequenceOrder(self.sequences, stretch, plan.group, plan.shuffle_seed)
+
+    def rows(self) -> int:
+        """Rows of a sample: tokens, and with documents kept apart their numbers and positions."""
+        return 3 if self.plan.documents == "separate" else 1
+
+    def read(self, samples: Sequence[int]) -> torch.Tensor:
+        """[rows, B, T + 1] int64."""
+        length = self.plan.sequence_length
+        batch = numpy.empty((self.rows(), len(samples), length + 1), numpy.int64)
+        for place, sample in enumerate(samples):
+            start = self._order(sample) * length
+            if self.plan.documents == "separate":
+                for row, values in enumerate(self._stream.read(start, length + 1)):
+                    batch[row, place] = values
+            else:
+                batch[0, place] = self._stream.read_tokens(start, length + 1)
+        return torch.from_numpy(batch)
+
+    def __getitems__(self, samples: list[int]) -> torch.Tensor | UserError:
+        """What loader processes call. An error is handed over as a value: raised, it would come with a traceback."""
+        try:
+            return self.read(samples)
+        except UserError as error:
+            return error
 
 
 class TokenLoader:
-    """Endless microbatches of one split, one share per rank, with a cursor that can be saved and restored.
+    """Endless microbatches of one split: each replica's share, with a cursor that can be saved and restored.
 
-    Samples are [T + 1] tokens; a batch has the first T as input and the last T as labels. Shards are unpacked from
-    `folder`, which is never changed, into `cache` (checked against their hashes on the way), which one machine's
-    ranks share. Needs the process group of torch.distributed if there are several ranks.
+    The global order of samples depends on the plan alone. A microbatch of all `replicas` takes the next replicas x B
+    samples of it, of which replica r gets B from r x B on; so a cursor, the number of the next sample, means the same
+    with any number of replicas, batch size and loader processes. Epochs follow one another, each in an order of its
+    own. Sequence i has tokens i x T to (i + 1) x T of the split's stream; the last is a label alone.
+
+    With a `group`, only its first rank reads and the others get the batch from it; all must call next() alike.
     """
 
     def __init__(
         self,
-        folder: Path,
+        corpus: Path,
+        manifest: Manifest,
+        split: str,
+        *,
         cache: Path,
+        plan: ReadingPlan,
         batch_size: int,
-        shuffle: bool,
-        seed: int,
+        replica: int = 0,
+        replicas: int = 1,
         workers: int = 0,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        streaming = import_streaming()
-        _number_segments_after(cache)
-        self._dataset = streaming.StreamingDataset(
-            remote=str(folder),
-            local=str(cache),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            num_canonical_nodes=_CANONICAL_NODES,
-            validate_hash="xxh64",
-        )
-        self._loader = streaming.StreamingDataLoader(
-            self._dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            drop_last=True,
-            collate_fn=_collate,
-            persistent_workers=False,
-        )
-        self._folder = folder
-        self._epoch: Iterator[TokenBatch] | None = None
-        # Always state where to start: streaming would otherwise take the cursor from any shared memory it finds
-        # under the name it uses, a killed job's too. Every rank writes the same bytes before it reads them.
-        beginning = {
-            "epoch": 0,
-            "sample_in_epoch": 0,
-            "num_canonical_nodes": _CANONICAL_NODES,
-            "shuffle_seed": seed,
-            "initial_physical_nodes": streaming.base.world.World.detect().num_nodes,
+        self._samples = _Samples(corpus, manifest, split, cache, plan)
+        self._batch_size = batch_size
+        self._replica = replica
+        self._replicas = replicas
+        self._workers = workers
+        self._group = group
+        self._cursor = 0
+        self._from_workers: Iterator[torch.Tensor | UserError] | None = None
+        self._agreed = {
+            "corpus": manifest.corpus_sha256,
+            "split": split,
+            "sequence_length": plan.sequence_length,
+            "shuffle_seed": plan.shuffle_seed,
+            "shuffle_stretch": plan.stretch_tokens,
+            "shuffle_group": plan.group,
         }
-        if streaming.base.world.World.detect().is_local_leader:
-            self.load_state_dict(beginning)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # two ranks that create one segment at the same moment can fail
-        self.load_state_dict(beginning)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one epoch, of all replicas together."""
+        return self._samples.sequences
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
 
     def __next__(self) -> TokenBatch:
-        for _ in range(3):
-            if self._epoch is None:
-                self._epoch = self._one_epoch()
-            batch = next(self._epoch, None)
-            if batch is not None:
-                return batch
-            self._epoch = None  # at its end, or resumed exactly at the end of an epoch
-        raise UserError(
-            f"{self._folder} has too few sequences for one batch on every rank; lower training.micro_batch_size or "
-            f"prepare more documents"
-        )
-
-    def _one_epoch(self) -> Iterator[TokenBatch]:
-        for tokens in self._loader:
-            yield TokenBatch(tokens[:, :-1], tokens[:, 1:])
+        values = self._read() if self._group is None else _read_once(self._group, self._read, self._shape())
+        self._cursor += self._replicas * self._batch_size
+        tokens, labels = values[0, :, :-1], values[0, :, 1:]
+        if len(values) == 1:
+            return TokenBatch(tokens, labels)
+        documents, positions = values[1], values[2, :, :-1]
+        inside = documents[:, 1:] == documents[:, :-1]
+        return TokenBatch(tokens, labels.where(inside, IGNORED_LABEL), documents[:, :-1], positions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading stands: call it on every rank between batches; all ranks hold the same."""
-        return dict(self._loader.state_dict())
+        """Where reading stands, the same on all ranks: the number of the next sample, and what it belongs to."""
+        return {"sample": self._cursor, **self._agreed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved cursor, on all ranks; the next batch starts there."""
-        self._epoch = None
-        self._loader.load_state_dict(state)
+        """Continue from a saved cursor; the next batch starts there. Raises UserError if it is of another order."""
+        differing = [
+            f"{name} ({state.get(name)!r}, {value!r})"
+            for name, value in self._agreed.items()
+            if state.get(name) != value
+        ]
+        if not isinstance(state.get("sample"), int):
+            differing.append("sample (none, a number)")
+        if differing:
+            raise UserError(
+                f"the saved place in the data belongs to another order of samples (then, now): {'; '.join(differing)}; "
+                f"give the same data settings, or another run_directory to begin anew"
+            )
+        self._cursor = state["sample"]
+        self._from_workers = None
+
+    def _shape(self) -> tuple[int, int, int]:
+        return self._samples.rows(), self._batch_size, self._samples.plan.sequence_length + 1
+
+    def _read(self) -> torch.Tensor:
+        """This replica's next samples, [rows, B, T + 1]."""
+        if not self._workers:
+            return self._samples.read(next(self._batches()))
+        if self._from_workers is None:
+            loader = DataLoader(
+                self._samples,
+                batch_sampler=self._batches(),  # type: ignore[arg-type]  # any iterable serves
+                num_workers=self._workers,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch
+                worker_init_fn=_start_loader_process,
+            )
+            self._from_workers = iter(loader)
+        values = next(self._from_workers)
+        if isinstance(values, UserError):
+            raise values
+        return values
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Numbers of the samples of this replica's batches, from the cursor on."""
+        for first in itertools.count(
+            self._cursor + self._replica * self._batch_size, self._replicas * self._batch_size
+        ):
+            yield list(range(first, first + self._batch_size))
 
 
-def _number_segments_after(cache: Path) -> None:
-    """Make streaming look for free names of shared memory from a number that belongs to this cache folder.
+def held_out_batches(
+    corpus: Path,
+    manifest: Manifest,
+    split: str,
+    *,
+    cache: Path,
+    plan: ReadingPlan,
+    sequences: int,
+    batch_size: int,
+    replica: int = 0,
+    replicas: int = 1,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> list[TokenBatch]:
+    """This replica's share of the first `sequences` sequences of a split, in the order of the stream.
 
-    It looks from 0 otherwise, on every rank by itself: jobs of one machine that start or end at the same moment could
-    then get in each other's way, and a killed job's segments in everybody's.
+    As many as there are where there are fewer, rounded down to whole batches on every replica, but at least one batch.
     """
-    prefix: Any = importlib.import_module("streaming.base.shared.prefix")
-    digest = hashlib.sha256(str(cache.resolve()).encode()).digest()
-    first = int.from_bytes(digest[:8], "big") % _SEGMENT_NUMBERS
-    prefix._each_prefix_int = lambda: itertools.count(first)
+    loader = TokenLoader(
+        corpus,
+        manifest,
+        split,
+        cache=cache,
+        plan=ReadingPlan(plan.sequence_length, plan.documents, cache_bytes=plan.cache_bytes),
+        batch_size=batch_size,
+        replica=replica,
+        replicas=replicas,
+        group=group,
+    )
+    batches = min(sequences, loader.sequences) // (batch_size * replicas)
+    return list(itertools.islice(loader, max(1, batches)))
 
 
-def _collate(samples: list[dict[str, Any]]) -> torch.Tensor:
-    import numpy
+def _read_once(group: torch.distributed.ProcessGroup, read: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """What `read` returns on the group's first rank, on all its ranks; so are its errors."""
+    first = torch.distributed.get_global_rank(group, 0)
+    leads = torch.distributed.get_rank() == first
+    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    count = int(numpy.prod(shape))
+    failure: Exception | None = None
+    buffer = torch.empty(count + 1, dtype=torch.int64)
+    if leads:
+        try:
+            buffer[:-1] = read().flatten()
+            buffer[-1] = 0
+        except Exception as error:
+            failure = error
+            buffer.fill_(1)
+    # The last number tells whether there is a batch, so that one broadcast is enough.
+    buffer = buffer.to(device)
+    torch.distributed.broadcast(buffer, first, group=group)
+    buffer = buffer.cpu()
+    if buffer[-1]:
+        told: list[Any] = [failure and (isinstance(failure, UserError), str(failure))]
+        torch.distributed.broadcast_object_list(told, first, group=group, device=device)
+        if failure is not None:
+            raise failure
+        by_user, message = told[0]
+        raise UserError(message) if by_user else RuntimeError(f"reading data failed on rank {first}: {message}")
+    return buffer[:-1].reshape(shape)
 
-    return torch.from_numpy(numpy.stack([sample["tokens"] for sample in samples]).astype(numpy.int64))
+
+def _as_it_is(values: torch.Tensor | UserError) -> torch.Tensor | UserError:
+    return values
+
+
+def _start_loader_process(number: int) -> None:
+    """Let the training process decide when loader processes end, and end them with it.
+
+    It has handlers of its own, which they inherit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # One that outlives a killed rank keeps the locks that it has inherited: of the scratch folder, of shards in use.
+    parent = multiprocessing.parent_process()
+    end_with_parent(signal.SIGKILL, None if parent is None else parent.pid)

@@ -1,193 +1,274 @@
-"""Preparation of a corpus: content, reuse, and what a killed preparation leaves."""
+"""Preparation of a corpus: splits, duplicates, reuse, and what it says when it can't."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from megatron_fwpkm.data import prepare
-from megatron_fwpkm.data.manifest import read_manifest
-from megatron_fwpkm.data.prepare import CorpusRequest, prepare_corpus, smallest_dtype, split_documents
-from megatron_fwpkm.data.sources import Document, read_documents
-from megatron_fwpkm.data.streaming import import_streaming
+from megatron_fwpkm.data import parts, prepare
+from megatron_fwpkm.data.corpus import corpus_tokenizer, prepare_corpus
+from megatron_fwpkm.data.manifest import Manifest, check_shards, read_manifest
+from megatron_fwpkm.data.parts import SplitRule
+from megatron_fwpkm.data.settings import DataConfig
+from megatron_fwpkm.data.sources import Document
+from megatron_fwpkm.data.token_stream import read_stream, stream_tokens
+from megatron_fwpkm.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
 from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.train import job_data
 
-REQUEST = CorpusRequest(
-    source="stdlib",
-    vocab_size=300,
-    sequence_length=64,
-    validation_fraction=0.2,
-    seed=3,
-    max_documents=30,
-    shard_bytes=1 << 16,
-)
+Corpus = tuple[Path, Manifest]
+Make = Callable[..., DataConfig]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, _ = prepare_corpus(REQUEST, tmp_path_factory.mktemp("data"))
-    return folder
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def _samples(folder: Path) -> list[numpy.ndarray]:
-    dataset = import_streaming().LocalDataset(local=str(folder))
-    return [dataset[index]["tokens"] for index in range(len(dataset))]
+def test_manifest_describes_the_corpus(corpus: Corpus, texts: list[str]) -> None:
+    folder, manifest = corpus
+    assert manifest == read_manifest(folder)
+    assert manifest.fingerprint == folder.name
+    assert (manifest.vocab_size, manifest.token_dtype, manifest.block_tokens) == (300, "uint16", 100)
+    assert manifest.seed == 3 and manifest.duplicates == 0
+    assert manifest.characters == sum(map(len, texts))
+    assert sum(counts.documents for counts in manifest.splits.values()) == len(texts)
+    assert len(manifest.splits["train"].part_tokens) > 3
+    assert all(sum(counts.part_tokens) == counts.tokens for counts in manifest.splits.values())
+    assert manifest.tokenizer_sha256 == corpus_tokenizer(folder).sha256()
+    assert set(manifest.files) | {"manifest.json"} == set(hashes(folder))
 
 
-def _unpacked(corpus: Path, split: str, to: Path) -> Path:
-    """A copy that may be unpacked in place."""
-    import shutil
-
-    from streaming.base.compression import decompress
-
-    shutil.copytree(corpus / split, to)
-    index = json.loads((to / "index.json").read_text())
-    for shard in index["shards"]:
-        packed = (to / shard["zip_data"]["basename"]).read_bytes()
-        assert shard["zip_data"]["hashes"]["sha1"] == hashlib.sha1(packed).hexdigest()
-        (to / shard["raw_data"]["basename"]).write_bytes(decompress("zstd", packed))
-    return to
+def test_what_is_there_is_reused(corpus: Corpus, settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_prepare", lambda *_: pytest.fail("prepared again"))
+    folder, manifest = corpus
+    for changes in ({}, {"sequence_length": 1 << 17, "documents": "separate", "workers": 3, "processes": 2}):
+        lines: list[str] = []
+        assert prepare_corpus(settings(folder.parent, **changes), 3, lines.append) == (folder, manifest)
+        assert len(lines) == 1 and "reading" in lines[0]
 
 
-def test_samples_are_the_documents_tokens_in_order(corpus: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|end|>")
-    train, validation = split_documents(read_documents("stdlib", 30), 0.2, REQUEST.seed)
-    for split, documents in (("train", train), ("validation", validation)):
-        samples = _samples(_unpacked(corpus, split, tmp_path / split))
-        stream = [token for document in documents for token in [*tokenizer.encode(document.text).ids, end]]
-        assert all(sample.dtype == numpy.uint16 and sample.shape == (65,) for sample in samples)
-        assert len(samples) == (len(stream) - 1) // 64
-        for index, sample in enumerate(samples):
-            assert sample.tolist() == stream[index * 64 : index * 64 + 65]
-
-
-def test_tokenizer_keeps_every_byte(corpus: Path) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
-    text = "def f(x):\n\treturn 'ünïcode \N{SNOWMAN} \x00'  # 漢字\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def test_manifest_describes_the_corpus(corpus: Path) -> None:
-    manifest = read_manifest(corpus)
-    assert manifest.fingerprint == REQUEST.fingerprint() == corpus.name
-    assert manifest.vocab_size == 300
-    assert manifest.token_dtype == "uint16"
-    assert manifest.splits["train"].documents + manifest.splits["validation"].documents == 30
-    assert manifest.splits["train"].sequences > manifest.splits["validation"].sequences > 0
-    assert set(manifest.versions) == {"tokenizers", "mosaicml-streaming", "torch"}
-
-
-def test_preparing_twice_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
-    again, _ = prepare_corpus(REQUEST, tmp_path)
-    names = sorted(path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file())
-    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    for name in names:
-        assert (corpus / name).read_bytes() == (again / name).read_bytes(), name
-
-
-def test_second_start_reuses(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "read_documents", lambda *_: pytest.fail("prepared again"))
-    lines: list[str] = []
-    folder, _ = prepare_corpus(REQUEST, corpus.parent, lines.append)
-    assert folder == corpus
-    assert len(lines) == 1 and "reusing" in lines[0]
-
-
-def test_another_request_has_another_folder() -> None:
-    others = [
-        replace(REQUEST, vocab_size=301),
-        replace(REQUEST, sequence_length=65),
-        replace(REQUEST, seed=4),
-        replace(REQUEST, max_documents=None),
+def test_another_request_has_another_folder(settings: Make, tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"vocab_size": 301},
+        {"validation_fraction": 0.3},
+        {"test_fraction": 0.0},
+        {"max_documents": 5},
+        {"part_megabytes": 1},
+        {"block_tokens": 99},
+        {"shard_megabytes": 1},
+        {"tokenizer_megabytes": 1},
     ]
-    assert len({request.fingerprint() for request in [REQUEST, *others]}) == 5
+    requests = [prepare.plan_preparation(settings(tmp_path, **change), 3).request() for change in changes]
+    requests.append(prepare.plan_preparation(settings(tmp_path), 4).request())
+    assert len({prepare.fingerprint(request) for request in requests}) == len(changes) + 1
 
 
-def test_killed_preparation_is_not_taken_for_a_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = replace(REQUEST, max_documents=6)
-
-    class Killed(BaseException):
-        pass
-
-    def die(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.Manifest, "write", die)
-        with pytest.raises(Killed):
-            prepare_corpus(small, tmp_path)
-    assert not (tmp_path / small.fingerprint()).exists()
-    folder, _ = prepare_corpus(small, tmp_path)
-    read_manifest(folder)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [small.fingerprint()]
+def test_duplicates_inside_a_part_are_dropped(settings: Make, texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts[:60], *texts[:60]]))
+    once = tmp_path / "once.jsonl"
+    once.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+    whole = {"part_megabytes": 100}
+    _, doubled = prepare_corpus(settings(tmp_path, path=str(path), **whole), seed=3)
+    _, single = prepare_corpus(settings(tmp_path, path=str(once), **whole), seed=3)
+    assert doubled.duplicates == 60 and single.duplicates == 0
+    assert doubled.corpus_sha256 == single.corpus_sha256 and doubled.splits == single.splits
 
 
-@pytest.mark.parametrize("damage", ["shorten", "remove", "manifest", "version"])
-def test_damaged_corpus_is_refused(tmp_path: Path, damage: str) -> None:
-    small = replace(REQUEST, max_documents=6)
-    folder, _ = prepare_corpus(small, tmp_path)
+def test_windows_bound_what_is_held(settings: Make, texts: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """A compressed file is one part however large; it is ordered in windows."""
+    import zstandard
+
+    path = tmp_path / "texts.jsonl.zst"
+    path.write_bytes(zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    held = []
+    whole = parts._windows
+
+    def watched(documents: Any, size: int) -> Any:
+        for window in whole(documents, size):
+            held.append(sum(len(document.text) for document in window))
+            yield window
+
+    monkeypatch.setattr(parts, "_windows", watched)
+    _, manifest = prepare_corpus(settings(tmp_path, path=str(path), part_megabytes=0.02), seed=3)
+    assert len(manifest.splits["train"].part_tokens) == 1
+    assert sum(counts.documents for counts in manifest.splits.values()) == len(texts)
+    assert max(held) < 0.02 * (1 << 20) + 5000
+
+
+def test_split_depends_on_each_document_alone() -> None:
+    rule, other = SplitRule(5, 0.1, 0.05), SplitRule(6, 0.1, 0.05)
+    documents = [Document.of(str(index), str(index)) for index in range(2000)]
+    found = [rule.split(document) for document in documents]
+    assert 140 < found.count("validation") < 260 and 60 < found.count("test") < 140
+    assert [rule.split(Document.of("another name", document.text)) for document in documents] == found
+    assert [other.split(document) for document in documents] != found
+    more = SplitRule(5, 0.2, 0.05)  # a larger share keeps those that were held out
+    assert all(more.split(document) == "validation" for document in documents if rule.split(document) == "validation")
+
+
+def test_given_tokenizer_is_used_and_kept(corpus: Corpus, settings: Make, tmp_path: Path) -> None:
+    trained = corpus_tokenizer(corpus[0])
+    PreTrainedTokenizerFast(tokenizer_object=trained.tokenizer, eos_token="<|end|>").save_pretrained(tmp_path / "hf")
+    given = settings(tmp_path, tokenizer=str(tmp_path / "hf"), vocab_size=None)
+    folder, manifest = prepare_corpus(given, seed=3)
+    assert manifest.tokenizer_sha256 == trained.sha256() and manifest.vocab_size == 300
+    count = stream_tokens(folder, "train")
+    assert (read_stream(folder, "train", 0, count).tokens == read_stream(corpus[0], "train", 0, count).tokens).all()
+    with pytest.raises(UserError, match=r"data.vocab_size is 301 but tokenizer .* has 300 tokens"):
+        prepare_corpus(settings(tmp_path, tokenizer=str(tmp_path / "hf"), vocab_size=301), seed=3)
+    with pytest.raises(UserError, match=r"data.end_of_document is for a given data.tokenizer"):
+        prepare_corpus(settings(tmp_path, end_of_document="<|end|>"), seed=3)
+
+
+def test_corpus_given_by_its_folder(corpus: Corpus, settings: Make, tmp_path: Path) -> None:
+    folder, manifest = corpus
+    given = {"corpus": str(folder), "path": None, "vocab_size": None}
+    assert prepare_corpus(settings(tmp_path / "unused", **given), seed=99) == corpus
+    assert not (tmp_path / "unused").exists()
+    own = settings(tmp_path, **given | {"tokenizer": str(folder / "tokenizer.json"), "end_of_document": "<|end|>"})
+    assert prepare_corpus(own, seed=3) == corpus
+    with pytest.raises(UserError, match=r"data.vocab_size is 4096 but corpus .* has a vocabulary of 300"):
+        prepare_corpus(settings(tmp_path, **given | {"vocab_size": 4096}), seed=3)
+    other, _ = prepare_corpus(settings(tmp_path / "other", vocab_size=301), seed=3)
+    wrong = given | {"tokenizer": str(other / "tokenizer.json"), "end_of_document": "<|end|>"}
+    with pytest.raises(UserError, match=rf"301 tokens.* is not the one of .*{manifest.tokenizer_sha256[:12]}, 300"):
+        prepare_corpus(settings(tmp_path, **wrong), seed=3)
+    with pytest.raises(UserError, match=r"data.corpus: .*nowhere is not there"):
+        prepare_corpus(settings(tmp_path, **given | {"corpus": str(tmp_path / "nowhere")}), seed=3)
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        prepare_corpus(settings(tmp_path, **given | {"corpus": str(tmp_path)}), seed=3)
+
+
+def test_another_tokenizer_under_the_same_name_is_loaded(corpus: Corpus, texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    for size in (300, 290):
+        path.write_text(train_tokenizer(texts, size).tokenizer.to_str())
+        assert parts._tokenizer(path, END_OF_DOCUMENT).vocab_size == size
+
+
+def test_swapped_tokenizer_is_refused(settings: Make, tmp_path: Path) -> None:
+    folder, _ = prepare_corpus(settings(tmp_path, max_documents=30), seed=3)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Ġ"', '"ġ"', 1))
+    with pytest.raises(UserError, match=r"is not the tokenizer|cannot read tokenizer"):
+        corpus_tokenizer(folder)
+
+
+@pytest.mark.parametrize("damage", ["shorten", "remove", "manifest", "version", "index"])
+def test_damaged_corpus_is_refused(settings: Make, tmp_path: Path, damage: str) -> None:
+    small = settings(tmp_path, max_documents=30)
+    folder, _ = prepare_corpus(small, seed=3)
     manifest = folder / "manifest.json"
-    shard = next((folder / "train").glob("*.zstd"))
+    shard = next((folder / "train").glob("*/*.zstd"))
     if damage == "shorten":
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "remove":
         shard.unlink()
+    elif damage == "index":  # of the same size
+        index = folder / "train" / "index.json"
+        index.write_text(index.read_text().replace("basename", "basenane"))
+        with pytest.raises(UserError, match=rf"{index} is damaged; delete {folder}"):
+            check_shards(folder)
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:50])
     else:
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
     with pytest.raises(UserError, match="prepare the corpus again"):
-        prepare_corpus(small, tmp_path)
+        prepare_corpus(small, seed=3)
 
 
-def test_too_short_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fewer than one sequence"):
-        prepare_corpus(replace(REQUEST, max_documents=3, sequence_length=1 << 20), tmp_path)
+def test_empty_splits_are_errors_that_say_what_to_raise(settings: Make, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the (validation|test) split is empty: .* 2 documents; raise data.\1_fraction"
+    ):
+        prepare_corpus(settings(tmp_path, vocab_size=257, max_documents=2, test_fraction=1e-6), seed=1)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_unusable_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_special_token_in_a_text_is_text(settings: Make, texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    documents = [f"{text}<|end|>and on{number}" for number, text in enumerate(texts[:30])]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    folder, manifest = prepare_corpus(settings(tmp_path, path=str(path)), seed=3)
+    stream = read_stream(folder, "train", 0, stream_tokens(folder, "train"))
+    assert (stream.tokens == 0).sum() == manifest.splits["train"].documents
+    first = stream.tokens[stream.documents == 0][:-1].tolist()
+    assert corpus_tokenizer(folder).tokenizer.decode(first) in documents
+
+
+def test_no_text_is_an_error_that_says_so(settings: Make, corpus: Corpus, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("")
+    given = {"tokenizer": str(corpus[0] / "tokenizer.json"), "end_of_document": "<|end|>", "vocab_size": None}
+    for changes in ({}, {"max_documents": 5}, given):
+        with pytest.raises(UserError, match=r"the source has no text: everything in .*texts\.jsonl"):
+            prepare_corpus(settings(tmp_path, path=str(path), **changes), seed=3)
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="the source has no text to train a tokenizer on"):
+        prepare_corpus(settings(tmp_path, path=str(path)), seed=3)
+
+
+def test_an_unreadable_source_is_named(settings: Make, jsonl: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(jsonl.read_bytes())
+    preparation = prepare.plan_preparation(settings(tmp_path, path=str(path)), 3)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"cannot read {path} of the source: No such file"):
+        prepare.prepare_missing(preparation, 1, lambda line: None)
+
+
+def test_a_job_compares_the_tokenizer(settings: Make, tmp_path: Path) -> None:
+    small = settings(tmp_path, max_documents=30)
+    folder, _ = prepare_corpus(small, seed=3)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Ġ"', '"ġ"', 1))  # of the same size
+    with pytest.raises(UserError, match=r"is not the tokenizer|cannot read tokenizer"):
+        job_data._prepare_and_verify(SimpleNamespace(data=small, seed=3), lambda line: None)  # type: ignore[arg-type]
+
+
+def test_unusable_folder_is_an_error(settings: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.directory"):
-        prepare_corpus(REQUEST, tmp_path / "file" / "data")
+    with pytest.raises(UserError, match=r"cannot prepare data in .*data\.directory"):
+        prepare_corpus(settings(tmp_path / "file" / "data"), seed=3)
 
 
-def test_too_large_vocabulary_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="vocab_size"):
-        prepare_corpus(replace(REQUEST, max_documents=2, vocab_size=60000), tmp_path)
+def test_a_bad_line_keeps_finished_parts(corpus: Corpus, settings: Make, texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}) for text in texts]
+    path.write_text("\n".join([*lines, "{bad"]))
+    given = {"tokenizer": str(corpus[0] / "tokenizer.json"), "end_of_document": "<|end|>"}
+    with pytest.raises(UserError, match=r"texts.jsonl, line at byte \d+: not JSON"):
+        prepare_corpus(settings(tmp_path / "data", path=str(path), **given), seed=3)
+    finished = list((tmp_path / "data").glob(".*.partial/.progress/00*.json"))
+    assert len(finished) == len(corpus[1].splits["train"].part_tokens) - 1
 
 
-def test_split_depends_on_each_document_alone() -> None:
-    documents = [Document(str(index), str(index), f"{index:064x}") for index in range(400)]
-    train, validation = split_documents(documents, 0.1, seed=5)
-    assert 20 < len(validation) < 60
-    assert not set(train) & set(validation)
-    held_out = set(validation)
-    _, fewer = split_documents(documents[:200], 0.1, seed=5)
-    assert set(fewer) == held_out & set(documents[:200])
-    assert set(split_documents(documents, 0.1, seed=6)[1]) != held_out
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "name"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
-)
-def test_smallest_dtype(vocab_size: int, name: str) -> None:
-    assert smallest_dtype(vocab_size) == name
-
-
-def test_documents_are_ordered_and_distinct() -> None:
-    documents = read_documents("stdlib", 50)
-    assert [document.name for document in documents] == sorted(document.name for document in documents)
-    assert len({document.sha256 for document in documents}) == 50
-    assert not any("site-packages" in document.name for document in documents)
-    with pytest.raises(UserError, match="unknown"):
-        read_documents("web")
+def test_no_space_left_is_one_message_and_costs_no_finished_part(
+    corpus: Corpus, settings: Make, small_disk: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"no space left on the device of {small_disk}.* finished parts are kept"):
+        prepare_corpus(settings(small_disk), seed=3)
+    finished = {path: path.stat().st_mtime_ns for path in small_disk.glob(".*.partial/.progress/00*.json")}
+    assert finished
+    shards = {path: path.stat().st_ino for path in small_disk.glob(".*.partial/train/000000/*")}
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    lines: list[str] = []
+    folder, _ = prepare_corpus(settings(small_disk), 3, lines.append)
+    assert any(f"{len(finished)} of " in line and "finished before" in line for line in lines)
+    assert shards and all((folder / "train/000000" / path.name).stat().st_ino == node for path, node in shards.items())
+    assert hashes(folder) == hashes(corpus[0])

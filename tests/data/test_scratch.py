@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import struct
+import os
+import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -13,30 +15,18 @@ from megatron_fwpkm.data import scratch
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of its own: temporary folder and shared memory."""
+    """A machine of its own: a temporary folder."""
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_SHARED_MEMORY", tmp_path / "shm")
-    (tmp_path / "shm").mkdir()
     return tmp_path
-
-
-def _segments(machine: Path, number: int, folder: str) -> list[Path]:
-    text = f"{folder}\0{number}".encode()
-    locals_file = machine / "shm" / f"{number:06}_locals"
-    locals_file.write_bytes(struct.pack("<i", 4 + len(text)) + text)
-    barrier = machine / "shm" / f"{number:06}_barrier"
-    barrier.write_bytes(b"x")
-    return [locals_file, barrier]
 
 
 def test_scratch_is_removed_at_the_end(machine: Path) -> None:
     with scratch.open_scratch() as (folder, _):
         assert folder.is_dir()
         (folder / "file").write_text("x")
-        own = _segments(machine, 0, f"{folder}/train")
+        scratch.clean_abandoned()
+        assert folder.is_dir()
     assert not folder.exists()
-    scratch.clean_abandoned()
-    assert not any(path.exists() for path in own)
 
 
 def test_only_dead_jobs_are_cleaned(machine: Path) -> None:
@@ -44,13 +34,36 @@ def test_only_dead_jobs_are_cleaned(machine: Path) -> None:
     for folder in (dead, living):
         folder.mkdir()
         (folder / "in-use.lock").touch()
-    of_dead = _segments(machine, 0, f"{dead}/train")
-    of_living = _segments(machine, 1, f"{living}/train")
-    of_others = _segments(machine, 2, "/somewhere/else")
-    (machine / "shm" / "000003_locals").write_bytes(b"")
     with (living / "in-use.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         scratch.clean_abandoned()
     assert not dead.exists() and living.exists()
-    assert not any(path.exists() for path in of_dead)
-    assert all(path.exists() for path in [*of_living, *of_others])
+
+
+def test_a_folder_just_being_made_is_not_cleaned(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job cleans up between the making of the lock's file and the locking."""
+    lock = fcntl.flock
+    cleaned: list[bool] = []
+
+    def flock(file: IO[str], operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            scratch.clean_abandoned()
+            cleaned.append(True)
+        lock(file, operation)
+
+    monkeypatch.setattr(scratch.fcntl, "flock", flock)
+    with scratch.open_scratch() as (folder, _):
+        assert cleaned and folder.is_dir() and folder.name.startswith("fwpkm-job-")
+        scratch.clean_abandoned()
+        assert (folder / "in-use.lock").exists()
+    assert not list(machine.iterdir())
+
+
+def test_folders_that_were_never_finished_are_cleaned_later(machine: Path) -> None:
+    new, old = machine / "fwpkm-new-now", machine / "fwpkm-new-long-ago"
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / "in-use.lock").touch()
+    os.utime(old, (time.time() - 4000, time.time() - 4000))
+    scratch.clean_abandoned()
+    assert new.exists() and not old.exists()
