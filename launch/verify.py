@@ -1,10 +1,12 @@
-"""Replay reference cases: `python launch/verify.py --cases tests/golden`.
+"""Replay reference cases: `python launch/verify.py --cases tests/golden --cases tests/golden_model`.
 
-Prints a table case -> worst relative error of every array, and exits with 1 when one is out of tolerance, 2 when the
-cases can't be read.
+A folder may hold cases of the memory layer and of whole models. Prints a table case -> worst relative error of every
+array, and exits with 1 when one is out of tolerance, 2 when the cases can't be read.
 """
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fwpkm.convert.golden import is_model_case, replay_model_case
 from megatron_fwpkm.memory.golden import CaseResult, GoldenCaseError, find_cases, replay_case
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-# Table columns and the array names (less the call's suffix) that they gather.
-COLUMNS = {
+Columns = Mapping[str, tuple[str, ...]]
+# Table columns and the beginnings of the arrays' names that they gather.
+LAYER_COLUMNS: Columns = {
     "output": ("output",),
     "slots": ("indices",),
     "weights": ("scores",),
@@ -31,11 +35,21 @@ COLUMNS = {
     "d keys": ("d_keys0",),
     "d values": ("d_values0",),
 }
+MODEL_COLUMNS: Columns = {
+    "logits": ("logits",),
+    "loss": ("loss",),
+    "gates": ("fwpkm_gates",),
+    "memory losses": ("fwpkm_losses",),
+    "fast state": ("layer",),
+    "statistics": ("statistics",),
+    "gradients": ("grad/",),
+    "gradient norms": ("gradnorm/",),
+}
 
 
-def _cells(result: CaseResult) -> list[str]:
+def _cells(result: CaseResult, columns: Columns) -> list[str]:
     cells = []
-    for names in COLUMNS.values():
+    for names in columns.values():
         arrays = [a for a in result.arrays if a.name.startswith(names)]
         if not arrays:
             cells.append("")
@@ -46,31 +60,52 @@ def _cells(result: CaseResult) -> list[str]:
     return cells
 
 
+def _is_model(path: Path) -> bool:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GoldenCaseError(f"{path}: not readable as JSON ({error})") from error
+    return isinstance(description, dict) and is_model_case(description)
+
+
+def _replay(paths: list[Path], dtype: str, columns: Columns, title: str, console: Console) -> list[str]:
+    """Print the table of one kind of case; returns a line for every failure."""
+    failed: list[str] = []
+    table = Table("case", *columns, "", title=f"{title}, {dtype}: max|a - b| / max|b|", box=None, header_style="bold")
+    replay = replay_model_case if columns is MODEL_COLUMNS else replay_case
+    for path in paths:
+        result = replay(path, DTYPES[dtype])
+        table.add_row(result.name, *_cells(result, columns), "ok" if result.passed else "[bold red]FAILED[/]")
+        failed += [
+            f"{dtype} {result.name} {a.name}: error {a.error:.3e}, tolerance {a.tolerance:.1e}"
+            for a in result.arrays
+            if not a.passed
+        ]
+        if not result.arrays:
+            failed.append(f"{dtype} {result.name}: nothing to compare")
+    console.print(table)
+    return failed
+
+
 def main(
-    cases: Annotated[Path, typer.Option(help="Folder of cases: .json and .npz pairs.")] = Path("tests/golden"),
+    cases: Annotated[list[Path] | None, typer.Option(help="Folder of cases; may be given several times.")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32 or both.")] = "both",
 ) -> None:
-    """Replay every case of a folder against the memory layer."""
+    """Replay every case of the folders (tests/golden if none is given) against this implementation."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     if dtype not in (*DTYPES, "both"):
         console.print(f"--dtype is {dtype!r}; allowed: float64, float32, both")
         raise typer.Exit(2)
     failed: list[str] = []
     try:
-        paths = find_cases(cases)
+        paths = [path for folder in cases or [Path("tests/golden")] for path in find_cases(folder)]
+        models = [path for path in paths if _is_model(path)]
+        layers = [path for path in paths if path not in models]
         for name in DTYPES if dtype == "both" else (dtype,):
-            table = Table("case", *COLUMNS, "", title=f"{name}: max|a - b| / max|b|", box=None, header_style="bold")
-            for path in paths:
-                result = replay_case(path, DTYPES[name])
-                table.add_row(result.name, *_cells(result), "ok" if result.passed else "[bold red]FAILED[/]")
-                failed += [
-                    f"{name} {result.name} {a.name}: error {a.error:.3e}, tolerance {a.tolerance:.1e}"
-                    for a in result.arrays
-                    if not a.passed
-                ]
-                if not result.arrays:
-                    failed.append(f"{name} {result.name}: nothing to compare")
-            console.print(table)
+            if layers:
+                failed += _replay(layers, name, LAYER_COLUMNS, "memory layer", console)
+            if models:
+                failed += _replay(models, name, MODEL_COLUMNS, "whole models", console)
     except GoldenCaseError as error:
         console.print(f"verify: {error}", style="bold red", markup=False)
         raise typer.Exit(2) from None

@@ -25,6 +25,7 @@ class MemoryTrace:
         losses: [B, pairs] memory losses at their query positions
         addressing_loss: [] mean over chunks and memories
         slots_BTHK, weights_BTHK: slots read (without the memory's number) and their weights
+        gate_BT: gates, if there are any
         memory_gradient: after the backward pass, gradients with respect to the memory at the start of the call
     """
 
@@ -32,6 +33,7 @@ class MemoryTrace:
     addressing_loss: Tensor | None = None
     slots_BTHK: Tensor | None = None
     weights_BTHK: Tensor | None = None
+    gate_BT: Tensor | None = None
     memory_gradient: MemoryGradient | None = None
 
 

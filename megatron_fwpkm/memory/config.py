@@ -12,6 +12,10 @@ class MemoryConfigError(ValueError):
     """A memory setting is out of range; the message names the field, its value and what is allowed."""
 
 
+Reset = Literal["carry", "per_step", "per_sequence", "per_document"]
+"""The values of `MemoryConfig.reset`, for those that set another policy for a while."""
+
+
 def _option(default: Any, doc: str, *, minimum: float | None = None, maximum: float = 2**31 - 1) -> Any:
     return field(default=default, metadata={"doc": doc, "minimum": minimum, "maximum": maximum})
 
@@ -52,7 +56,9 @@ class MemoryConfig:
     fuse_output_by_gate: bool = _option(True, "output g * read + (1 - g) * value, not the read alone [flag; D]")
     normalize_value: bool = _option(True, "z-score the value over its columns [flag; D]")
     gate_outputs: int = _option(8, "gate projection outputs, averaged before the sigmoid [outputs; D]", minimum=1)
-    reset: Literal["carry", "per_step", "per_sequence"] = _option("carry", "when training forgets [name; A]")
+    reset: Literal["carry", "per_step", "per_sequence", "per_document"] = _option(
+        "carry", "when training forgets [name; A]"
+    )
     cache_mode: Literal["aligned", "official"] = _option("aligned", "where inference writes [name; C]")
     cache_memory: Literal["per_sequence", "shared"] = _option("per_sequence", "memories at inference [name; C]")
     check_finite: bool = _option(False, "refuse NaN and infinity in inputs, at the cost of a host sync [flag; ours]")

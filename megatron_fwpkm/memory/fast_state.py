@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.config import MemoryConfig, Reset
 from megatron_fwpkm.memory.overlay import Overlay, usable_in_training
 from megatron_fwpkm.memory.undo import UndoLog
 
@@ -81,6 +81,7 @@ class FastState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Under `torch.device("meta")` the state has shapes only."""
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the fast state is float32 (or float64 in tests), not {dtype}")
         self.config = config
@@ -92,11 +93,12 @@ class FastState:
         self.num_folds = 0
         generator = torch.Generator().manual_seed(seed)
         keys = torch.empty(config.heads, 2, config.n_subkeys, config.k_dim // 2, dtype=dtype)
-        keys.uniform_(-1 / math.sqrt(config.k_dim), 1 / math.sqrt(config.k_dim), generator=generator)
         table = torch.empty(self.num_slots, self.v_dim, dtype=dtype)
-        table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
-        self.keys_H2nd = keys.to(device)
-        self.table_ND = table.to(device)
+        if not keys.is_meta:
+            keys.uniform_(-1 / math.sqrt(config.k_dim), 1 / math.sqrt(config.k_dim), generator=generator)
+            table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
+            keys, table = keys.to(device), table.to(device)
+        self.keys_H2nd, self.table_ND = keys, table
         self._log: UndoLog | None = None
         self._step_overlay: Overlay | None = None
         self._evaluation_overlay: Overlay | None = None
@@ -132,17 +134,20 @@ class FastState:
         """The sub-keys as those of one memory."""
         return self.keys_H2nd.unsqueeze(0)
 
-    def view(self, batch: int, *, training: bool) -> MemoryView:
-        """The memory that one call reads and writes, by the reset policy.
+    def view(self, batch: int, *, training: bool, reset: Reset | None = None) -> MemoryView:
+        """The memory that one call reads and writes, by the reset policy (None: that of the configuration).
 
         In training: the base (`carry`), this step's overlay (`per_step`) or one throw-away memory for each sequence
-        (`per_sequence`). Otherwise the overlay of the running `evaluation()`, or a throw-away one.
+        (`per_sequence`; `per_document`, where a call's sequences are documents). Otherwise the overlay of the running
+        `evaluation()`, or a throw-away one; with `per_step` always a throw-away one, as if each call were a step.
         """
-        if self.config.reset == "per_sequence":
+        reset = reset or self.config.reset
+        if reset in ("per_sequence", "per_document"):
             return Overlay(self, batch)
         if not training:
-            return self._evaluation_overlay or Overlay(self, 1)
-        if self.config.reset == "per_step":
+            carried = self._evaluation_overlay if reset == "carry" else None
+            return carried or Overlay(self, 1)
+        if reset == "per_step":
             if self._step_overlay is None:
                 self._step_overlay = Overlay(self, 1)
             return self._step_overlay

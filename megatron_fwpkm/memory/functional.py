@@ -101,6 +101,7 @@ class _FastMemory(torch.autograd.Function):
             call.statistics.finish_call(losses, addressing_losses, gate)
         if call.trace is not None and reads:
             _fill_trace(call.trace, traced, losses, addressing_losses, query.shape[0], call.config)
+            call.trace.gate_BT = gate
         ctx.call = call
         if call.keep_graph:
             ctx.save_for_backward(query, target, gate, mask, output, *saved)

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_fwpkm.accounting import ParameterCount
+from megatron_fwpkm.memory.backward import MemoryTrace
 from megatron_fwpkm.memory.cache import MemoryCache
-from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.config import MemoryConfig, Reset
+from megatron_fwpkm.memory.documents import remember_documents
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.functional import fast_memory
 from megatron_fwpkm.memory.norms import RMSNorm
@@ -49,7 +52,9 @@ class FwPKMLayer(nn.Module):
         dtype: of the fast state; float64 in tests only
 
     The fast state is a plain attribute: no parameter, no buffer. `.to(device)` moves it, `.to(dtype)` does not change
-    it. With `memory_reads` off a read is 0, so the layer passes its own value only, (1 - g) r.
+    it. With `memory_reads` off a read is 0, so the layer passes its own value only, (1 - g) r. `reset` is the reset
+    policy, at first the configuration's; measurements may set another. A `trace` set by the caller is filled by calls
+    without a cache (not under `per_document`).
     """
 
     def __init__(
@@ -73,19 +78,27 @@ class FwPKMLayer(nn.Module):
         self.output_norm = norm(config.v_dim)
         self.output_projection = linear(config.v_dim, hidden_size, bias=True)
         self.memory_reads = True
+        self.reset: Reset = config.reset
+        self.trace: MemoryTrace | None = None
         self.fast_state = FastState(config, seed=seed, dtype=dtype)
         self._statistics = MemoryStatistics(config)
 
     def forward(
-        self, hidden_BTE: Tensor, loss_mask_BT: Tensor | None = None, cache: MemoryCache | None = None
+        self,
+        hidden_BTE: Tensor,
+        loss_mask_BT: Tensor | None = None,
+        cache: MemoryCache | None = None,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """[B, T, E] residual stream to [B, T, E] of what to add to it.
 
         The loss mask is bool [B, T], true where a token may be written. With a cache the tokens continue its streams;
-        without one, training calls write the fast state by its reset policy and others leave it as it was.
+        without one, training calls write the fast state by its reset policy and others leave it as it was. The
+        policy `per_document` needs `documents_BT`, numbers that tell the documents of a sequence apart; others
+        take no notice of it.
 
         Raises:
-            ValueError: wrong shapes or dtypes (see `fast_memory`).
+            ValueError: wrong shapes or dtypes (see `fast_memory`), or no documents where the policy needs them.
         """
         query, value, gate = self._project(hidden_BTE)
         if not self.memory_reads:
@@ -93,7 +106,7 @@ class FwPKMLayer(nn.Module):
         elif cache is not None:
             read = cache(query, value, gate, loss_mask_BT)
         else:
-            read = self._remember(query, value, gate, loss_mask_BT)
+            read = self._remember(query, value, gate, loss_mask_BT, documents_BT)
         if self.config.fuse_output_by_gate:
             share = gate.unsqueeze(-1).to(value.dtype)
             read = share * read + (1 - share) * value
@@ -108,10 +121,19 @@ class FwPKMLayer(nn.Module):
         gate = torch.sigmoid(self.gate_projection(self.gate_norm(hidden_BTE)).mean(-1))
         return query, value, gate
 
-    def _remember(self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
-        view = self.fast_state.view(query.shape[0], training=self.training)
+    def _remember(
+        self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None, documents: Tensor | None = None
+    ) -> Tensor:
         self.fast_state.begin_microbatch()
-        return fast_memory(query, value, gate, mask, view, self.config, statistics=self._statistics)
+        if self.reset == "per_document":
+            if documents is None:
+                raise ValueError(
+                    "a memory that is reset per_document needs to know the documents: give documents_BT, or set reset "
+                    "to carry, per_step or per_sequence"
+                )
+            return remember_documents(query, value, gate, mask, documents, self.fast_state, self._statistics)
+        view = self.fast_state.view(query.shape[0], training=self.training, reset=self.reset)
+        return fast_memory(query, value, gate, mask, view, self.config, statistics=self._statistics, trace=self.trace)
 
     def make_cache(self, batch: int, **options: Any) -> MemoryCache:
         """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them."""
@@ -121,16 +143,14 @@ class FwPKMLayer(nn.Module):
         """Statistics of the last call (see `MemoryStatistics`); reading them does not synchronize."""
         return self._statistics.tensors()
 
-    def num_parameters(self) -> dict[str, int]:
-        """Numbers: slow (trained), fast (written), and fast values that one token reads."""
-        return {
-            "slow": sum(p.numel() for p in self.parameters()),
-            "fast": self.fast_state.keys_H2nd.numel() + self.fast_state.table_ND.numel(),
-            "fast_active_per_token": self.config.reads_per_token * self.config.v_dim,
-        }
+    def num_parameters(self) -> ParameterCount:
+        """Slow: projections and norms; fast: sub-keys and values, of which a token takes all sub-keys and its rows."""
+        slow, keys = sum(p.numel() for p in self.parameters()), self.fast_state.keys_H2nd.numel()
+        rows = self.config.reads_per_token * self.config.v_dim
+        return ParameterCount(slow, keys + self.fast_state.table_ND.numel(), slow + keys + rows)
 
-    def num_flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token (a multiply-add is two)."""
+    def num_flops_per_token(self, sequence_length: int = 0) -> int:
+        """Operations of forward and backward per token (a multiply-add is two), at any sequence length."""
         config = self.config
         heads_k, reads = config.heads * config.k_dim, config.reads_per_token
         projections = self.hidden_size * (heads_k + 2 * config.v_dim + config.gate_outputs)

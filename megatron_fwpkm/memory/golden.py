@@ -59,6 +59,21 @@ class CaseResult:
         return bool(self.arrays) and all(array.passed for array in self.arrays)
 
 
+def compare_arrays(
+    name: str, found: Tensor | None, wanted: Tensor, tolerance: float, zero_tolerance: float
+) -> ArrayResult:
+    """Error of one array: integers must be equal; where the reference is exactly zero the error is absolute."""
+    if found is None or found.shape != wanted.shape:
+        return ArrayResult(name, float("inf"), 0.0)
+    if not wanted.is_floating_point():
+        return ArrayResult(name, float((found != wanted).sum()), 0.0)
+    size = float(wanted.abs().max()) if wanted.numel() else 0.0
+    error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+    if size == 0:
+        return ArrayResult(name, error, zero_tolerance)
+    return ArrayResult(name, error / size, tolerance)
+
+
 _MODULE_SETTINGS = {
     *("mem_heads", "mem_topk", "mem_n_subkeys", "mem_k_dim", "mem_v_dim", "lookahead", "qk_score_type"),
     *("score_nonlinear", "score_temperature", "optimizer_type", "learning_rate", "weight_decay", "loss_type"),
@@ -150,19 +165,8 @@ class _Case:
         if name not in self.arrays:
             return
         self.compared.add(name)
-        wanted = self.arrays[name]
-        if found is None or found.shape != wanted.shape:
-            self.result.arrays.append(ArrayResult(name, float("inf"), 0.0))
-            return
-        if not wanted.is_floating_point():
-            self.result.arrays.append(ArrayResult(name, float((found != wanted).sum()), 0.0))
-            return
-        size = float(wanted.abs().max()) if wanted.numel() else 0.0
-        error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
-        if size == 0:
-            self.result.arrays.append(ArrayResult(name, error, ZERO_TOLERANCE[self.dtype]))
-        else:
-            self.result.arrays.append(ArrayResult(name, error / size, self.tolerance(name)))
+        zero_tolerance = ZERO_TOLERANCE[self.dtype]
+        self.result.arrays.append(compare_arrays(name, found, self.arrays[name], self.tolerance(name), zero_tolerance))
 
     def finish(self) -> None:
         """An array that nothing was compared with fails: the case holds more than what was run."""
@@ -260,7 +264,7 @@ def _replay_cached(case: _Case) -> None:
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """The layer cases of a folder, sorted by name. Raises GoldenCaseError when there are none."""
+    """The cases of a folder, sorted by name. Raises GoldenCaseError when there are none."""
     if not folder.is_dir():
         raise GoldenCaseError(f"{folder} is not a folder of cases")
     paths = sorted(folder.glob("*.json"))

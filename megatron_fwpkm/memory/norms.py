@@ -18,8 +18,12 @@ class RMSNorm(nn.Module):
         self.epsilon, self.offset = epsilon, 1.0 if zero_centred else 0.0
         self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
 
+    def scale(self) -> Tensor:
+        """The weight as the forward pass uses it."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., size]; returns the same shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale * (self.offset + self.weight.to(wide.dtype))).to(x.dtype)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * inverse * (self.offset + self.scale().to(wide.dtype))).to(x.dtype)

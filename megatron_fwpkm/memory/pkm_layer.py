@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fwpkm_kernels import gather_dot, gather_weighted_sum, plan_slots, product_key_topk, scatter_weighted_add
+from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.config import MemoryConfig, MemoryConfigError
 from megatron_fwpkm.memory.norms import RMSNorm
@@ -154,14 +155,14 @@ class PKMLayer(nn.Module):
         read = read_XD.view(*x_BTE.shape[:2], -1).to(x_BTE.dtype)
         return self.output_projection(read * nn.functional.silu(self.gate_projection(x_BTE)))
 
-    def num_parameters(self) -> dict[str, int]:
-        """Numbers: slow (all trained), fast (none), and slow ones that a token uses (of the values the rows read)."""
+    def num_parameters(self) -> ParameterCount:
+        """All slow; of the values a token takes the rows that it reads."""
         slow = sum(p.numel() for p in self.parameters())
         idle = self.values.numel() - self.config.heads * self.config.topk * self.config.v_dim
-        return {"slow": slow, "fast": 0, "slow_active_per_token": slow - idle}
+        return ParameterCount(slow, 0, slow - idle)
 
-    def num_flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token (a multiply-add is two)."""
+    def num_flops_per_token(self, sequence_length: int = 0) -> int:
+        """Operations of forward and backward per token (a multiply-add is two), at any sequence length."""
         config = self.config
         width, reads = config.heads * config.k_dim, config.heads * config.topk
         projections = self.hidden_size * (width + 2 * config.v_dim)

@@ -6,6 +6,9 @@ choice of moment. Slot use is kept as the distinct slots and counts of each chun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -31,35 +34,64 @@ class MemoryStatistics:
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         self._chunks: list[tuple[Tensor, Tensor]] = []
-        self._memories = 1
+        self._losses: list[Tensor] = []
+        self._addressing_losses: list[Tensor] = []
+        self._gates: list[Tensor] = []
+        self._first_memory, self._memories = 0, 0
+        self._together = False
         self._tensors: dict[str, Tensor] = {}
 
     def begin_call(self) -> None:
         """Forget what a call that failed may have left."""
-        self._chunks = []
+        if not self._together:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._chunks, self._losses, self._addressing_losses, self._gates = [], [], [], []
+        self._first_memory = self._memories = 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context several calls, each on memories of its own, count as one call."""
+        self._forget()
+        self._together = True
+        try:
+            yield
+            self._reduce()
+        finally:
+            self._together = False
 
     def add_chunk(self, plan: SlotPlan, memories: int) -> None:
         """Note the slots of one chunk (references, no copies)."""
-        self._chunks.append((plan.slots_U, plan.counts_U))
-        self._memories = memories
+        self._chunks.append((plan.slots_U + self._first_memory * self.config.num_slots, plan.counts_U))
+        self._memories = self._first_memory + memories
 
     def finish_call(self, losses: list[Tensor], addressing_losses: list[Tensor], gate: Tensor | None) -> None:
         """Close a call: reduce what its chunks noted."""
+        self._losses += [loss.detach().flatten() for loss in losses]
+        self._addressing_losses += addressing_losses
+        if gate is not None:
+            self._gates.append(gate.detach().flatten())
+        self._first_memory = self._memories
+        if not self._together:
+            self._reduce()
+
+    def _reduce(self) -> None:
         tensors: dict[str, Tensor] = {}
-        if losses:
-            total = torch.cat(losses, 1)
+        if self._losses:
+            total = torch.cat(self._losses)
             tensors["memory_loss"] = total.mean() if total.numel() else total.sum()
-            tensors["addressing_loss"] = torch.stack(addressing_losses).mean()
+            tensors["addressing_loss"] = torch.stack(self._addressing_losses).mean()
+        gate = torch.cat(self._gates) if self._gates else None
         if gate is not None and gate.numel():
-            gate = gate.detach()
             tensors["gate_mean"] = gate.mean()
             edges = torch.linspace(0.1, 0.9, GATE_BINS - 1, device=gate.device, dtype=gate.dtype)
-            bins = torch.bucketize(gate.flatten(), edges, right=True)
+            bins = torch.bucketize(gate, edges, right=True)
             ranks = torch.arange(GATE_BINS, device=gate.device)
             tensors["gate_histogram"] = (bins.unsqueeze(1) == ranks).sum(0) / gate.numel()
         if self._chunks:
             tensors.update(self._slot_use())
-        self._chunks = []
+        self._forget()
         self._tensors = tensors
 
     def _slot_use(self) -> dict[str, Tensor]:

@@ -5,70 +5,61 @@ Shape legend: B batch, T sequence, E hidden size, V vocabulary (this rank's shar
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import contextmanager, nullcontext
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
+from megatron_fwpkm.accounting import ParameterCount, dense, total
+from megatron_fwpkm.data.batch import IGNORED_LABEL
 from megatron_fwpkm.memory import FastState, FwPKMLayer
 from megatron_fwpkm.model.attention import GatedAttention
-from megatron_fwpkm.model.mlp import SwigluMlp
-from megatron_fwpkm.model.settings import DecoderConfig
+from megatron_fwpkm.model.block import Block
+from megatron_fwpkm.model.cache import DecoderCache
+from megatron_fwpkm.model.context import TokenContext, make_context
+from megatron_fwpkm.model.settings import DecoderConfig, YarnConfig
 from megatron_fwpkm.parallel.backend import Backend
 
 
-class Block(nn.Module):
-    """h += memory(h), where the block has one; h += attention(norm(h)); h += mlp(norm(h))."""
-
-    def __init__(self, config: DecoderConfig, backend: Backend, memory: FwPKMLayer | None) -> None:
-        super().__init__()
-        self.memory = memory
-        self.attention_norm = backend.norm(config.hidden_size)
-        self.attention = GatedAttention(config, backend)
-        self.mlp_norm = backend.norm(config.hidden_size)
-        self.mlp = SwigluMlp(config.hidden_size, config.mlp_size, backend)
-
-    def forward(self, h_BTE: torch.Tensor) -> torch.Tensor:
-        """Residual stream in, residual stream out. The memory layer norms its input itself."""
-        if self.memory is not None:
-            h_BTE = h_BTE + self.memory(h_BTE)
-        h_BTE = h_BTE + self.attention(self.attention_norm(h_BTE))
-        return h_BTE + self.mlp(self.mlp_norm(h_BTE))
-
-    def num_parameters(self) -> int:
-        """Slow weights on this rank."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def num_flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations of forward and backward per token."""
-        memory = self.memory.num_flops_per_token() if self.memory is not None else 0
-        return (
-            memory + self.attention.num_flops_per_token(sequence_length) + self.mlp.num_flops_per_token(sequence_length)
-        )
-
-
 class Decoder(nn.Module):
-    """Language model over token ids with tied embedding and head."""
+    """Language model over token ids."""
 
-    def __init__(self, config: DecoderConfig, vocab_size: int, backend: Backend, seed: int) -> None:
-        """Build all layers; the same seed gives the same weights at any tensor-parallel size."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocab_size: int,
+        backend: Backend,
+        seed: int,
+        fast_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Build all layers; the same seed gives the same weights at any tensor-parallel size.
+
+        `fast_dtype` is that of the fast states: float64 in comparisons only. Under `torch.device("meta")` the
+        model has shapes and costs but no values.
+        """
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self._backend = backend
+        self._limit_full_attention = False
         with _seeded(seed, 0):
             self.embedding = backend.embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList()
         for index in range(config.layers):
             with _seeded(seed, 1 + index):
-                self.blocks.append(self._build_block(index, seed))
+                self.blocks.append(self._build_block(index, seed, fast_dtype))
         self.norm = backend.norm(config.hidden_size)
-        self.head = backend.head(config.hidden_size, vocab_size)
+        if config.tied_embeddings:
+            self.head = backend.head(config.hidden_size, vocab_size)
+        else:
+            with _seeded(seed, 1 + config.layers):
+                self.head = backend.column_linear(config.hidden_size, vocab_size)
 
-    def _build_block(self, index: int, seed: int) -> Block:
+    def _build_block(self, index: int, seed: int, fast_dtype: torch.dtype) -> Block:
         config, memory = self.config, None
         if index in config.memory_layers:
             memory = FwPKMLayer(
@@ -77,19 +68,113 @@ class Decoder(nn.Module):
                 seed=layer_seed(seed, 1 + index, "fast state"),
                 linear=self._backend.linear,
                 norm=self._backend.norm,
+                dtype=fast_dtype,
             )
-        return Block(config, self._backend, memory)
+        return Block(config, index, self._backend, memory)
 
-    def forward(self, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        """Cross entropy in nats per token, float32 [B, T], of predicting labels after tokens."""
-        return self._backend.cross_entropy(self.logits(tokens_BT), labels_BT)
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross entropy in nats per token, float32 [B, T], of predicting labels after tokens; 0 where ignored."""
+        logits_BTV = self.logits(tokens_BT, documents_BT=documents_BT, positions_BT=positions_BT)
+        return self.cross_entropy(logits_BTV, labels_BT)
 
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, [B, T, V]."""
-        h_BTE = self.embedding(tokens_BT)
-        for block in self.blocks:
-            h_BTE = block(h_BTE)
-        return self.head(self.norm(h_BTE), self.embedding.weight)
+    def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """As forward(), from logits: float32 [B, T] (float64 of float64 logits in TorchBackend), 0 at IGNORED_LABEL.
+
+        The logits may be overwritten: Megatron's function computes in place.
+        """
+        ignored_BT = labels_BT == IGNORED_LABEL
+        # Vocabulary-parallel ranks take a label outside their share for one of another rank: none may see -100.
+        loss_BT = self._backend.cross_entropy(logits_BTV, labels_BT.masked_fill(ignored_BT, 0))
+        return loss_BT.masked_fill(ignored_BT, 0)
+
+    def logits(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        documents_BT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
+        mask_BT: torch.Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> torch.Tensor:
+        """Scores of the next token, [B, T, V].
+
+        `documents_BT` numbers the documents of each sequence: mixers start anew at each of them, memories by their
+        reset policy. `positions_BT` are RoPE's. `mask_BT` is true for real tokens, false for padding. With a
+        cache the tokens continue its streams, without gradients. Raises ValueError for what does not fit together.
+        """
+        dtype = cast(torch.Tensor, self.embedding.weight).dtype
+        past_B = None
+        if cache is not None:
+            cache.check_batch(tokens_BT.shape[0])
+            past_B = cache.real_tokens_B
+            if past_B is None:
+                past_B = torch.zeros(tokens_BT.shape[0], dtype=torch.int64, device=tokens_BT.device)
+        context = make_context(
+            self.config,
+            tokens_BT,
+            dtype,
+            documents_BT=documents_BT,
+            positions_BT=positions_BT,
+            mask_BT=mask_BT,
+            past_B=past_B,
+        )
+        with nullcontext() if cache is None else torch.no_grad():
+            h_BTE = self._run_blocks(self.embedding(tokens_BT), context, cache)
+            if cache is not None:
+                cache.count(tokens_BT, mask_BT)
+            if self.config.tied_embeddings:
+                return self.head(self.norm(h_BTE), self.embedding.weight)
+            return self.head(self.norm(h_BTE))
+
+    def _run_blocks(self, h_BTE: torch.Tensor, context: TokenContext, cache: DecoderCache | None) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            h_BTE = block(h_BTE, context, None if cache is None else cache.layers[index])
+        return h_BTE
+
+    def make_cache(
+        self,
+        batch: int,
+        *,
+        mode: Literal["aligned", "official"] | None = None,
+        memory: Literal["per_sequence", "shared"] | None = None,
+    ) -> DecoderCache:
+        """Empty streams of `batch` sequences whose memories start from the fast states as they are now.
+
+        `mode` and `memory` as `MemoryCache` has them; None takes the configuration's.
+        """
+        blocks = [cast(Block, block) for block in self.blocks]
+        memories = [
+            None if block.memory is None else block.memory.make_cache(batch, mode=mode, memory=memory)
+            for block in blocks
+        ]
+        return DecoderCache(batch, [block.mixer.make_cache for block in blocks], memories)
+
+    @property
+    def rope_scaling(self) -> YarnConfig | None:
+        """RoPE for longer contexts; may be set at any time. Caches made before keep keys of the old angles."""
+        return self.config.rope_scaling
+
+    @rope_scaling.setter
+    def rope_scaling(self, scaling: YarnConfig | None) -> None:
+        self.config = dataclasses.replace(self.config, rope_scaling=scaling)
+
+    @property
+    def limit_full_attention(self) -> bool:
+        """Whether full-attention layers use the sliding window for now (pSWA); may be set at any time."""
+        return self._limit_full_attention
+
+    @limit_full_attention.setter
+    def limit_full_attention(self, limited: bool) -> None:
+        self._limit_full_attention = limited
+        for module in self.modules():
+            if isinstance(module, GatedAttention):
+                module.limited = limited
 
     def memory_layers(self) -> Iterator[tuple[int, FwPKMLayer]]:
         """(index of the block, memory layer) of every block that has one, in order."""
@@ -103,12 +188,16 @@ class Decoder(nn.Module):
         for index, layer in self.memory_layers():
             yield index, layer.fast_state
 
-    def num_parameters(self) -> int:
-        """Slow weights on this rank; the tied embedding counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self) -> ParameterCount:
+        """Weights of this rank; a tied embedding counts once, of an untied one a token takes one row."""
+        embedding = dense(self.embedding)
+        if not self.config.tied_embeddings:
+            embedding = dataclasses.replace(embedding, active_per_token=self.config.hidden_size)
+        blocks = total(cast(Block, block).num_parameters() for block in self.blocks)
+        return total((embedding, blocks, dense(self.norm), dense(self.head)))
 
     def num_flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations of forward and backward per token."""
+        """Floating-point operations of forward and backward per token, of the whole model."""
         head = 6 * self.config.hidden_size * self.vocab_size
         return head + sum(cast(Block, block).num_flops_per_token(sequence_length) for block in self.blocks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_fwpkm.accounting import ParameterCount, dense
 from megatron_fwpkm.parallel.backend import Backend
 
 
@@ -22,9 +23,9 @@ class SwigluMlp(nn.Module):
         """Map normed hidden states [B, T, hidden] to what the MLP adds to the residual stream."""
         return self.down(nn.functional.silu(self.gate(x_BTE)) * self.up(x_BTE))
 
-    def num_parameters(self) -> int:
-        """Slow weights on this rank."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self) -> ParameterCount:
+        """All slow, all used for every token."""
+        return dense(self)
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         """Floating-point operations of forward and backward per token: 6 per weight."""

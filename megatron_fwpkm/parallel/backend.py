@@ -6,12 +6,20 @@ on a tensor-parallel rank the features between a column- and a row-parallel laye
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from megatron_fwpkm.memory.norms import RMSNorm
+
+if TYPE_CHECKING:
+    from megatron_fwpkm.model.delta_rule import DeltaRule
+
+Initialize = Callable[[torch.Tensor], torch.Tensor]
+"""Draws a tensor's values in place, from torch's default generator, and returns it."""
 
 
 class Backend(Protocol):
@@ -37,10 +45,22 @@ class Backend(Protocol):
         """Output layer without a weight of its own: called with (hidden, weight), returns this rank's logits."""
 
     def norm(self, size: int) -> nn.Module:
-        """RMS norm with a zero-centred weight."""
+        """RMS norm with a zero-centred weight, of features that are whole on every rank."""
+
+    def head_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
+        """RMS norm over the width of heads that are split over the ranks; its weight is the same on every rank."""
+
+    def split_parameter(self, shape: tuple[int, ...], initialize: Initialize) -> nn.Parameter:
+        """This rank's share, along the first dimension, of a parameter of the given whole shape."""
+
+    def delta_rule(self) -> DeltaRule:
+        """The gated delta rule for whole sequences."""
 
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        """Cross entropy per token in nats, float32 [B, T], of logits split over the vocabulary."""
+        """Cross entropy per token in nats, float32 [B, T], of logits split over the vocabulary.
+
+        The logits may be overwritten.
+        """
 
 
 class TorchBackend:
@@ -57,12 +77,10 @@ class TorchBackend:
 
     def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
         """torch.nn.Linear with normal weights and zero bias."""
-        # Without torch's own initial values: they would advance the random generator.
-        layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias)
-        nn.init.normal_(layer.weight, std=self._initial_std)
-        if bias:
-            nn.init.zeros_(layer.bias)
-        return layer
+        return plain_linear(in_features, out_features, bias, self._initialize)
+
+    def _initialize(self, weight: torch.Tensor) -> torch.Tensor:
+        return nn.init.normal_(weight, std=self._initial_std)
 
     def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         """As linear()."""
@@ -74,8 +92,8 @@ class TorchBackend:
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """torch.nn.Embedding with normal weights."""
-        layer = nn.utils.skip_init(nn.Embedding, vocab_size, hidden_size)
-        nn.init.normal_(layer.weight, std=self._initial_std)
+        layer = nn.utils.skip_init(nn.Embedding, vocab_size, hidden_size, device=torch.get_default_device())
+        self._initialize(layer.weight)
         return layer
 
     def head(self, hidden_size: int, vocab_size: int) -> nn.Module:
@@ -86,9 +104,21 @@ class TorchBackend:
         """Zero-centred RMSNorm."""
         return RMSNorm(size, self._norm_epsilon)
 
+    def head_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
+        """As norm()."""
+        return RMSNorm(size, self._norm_epsilon, zero_centred=zero_centred)
+
+    def split_parameter(self, shape: tuple[int, ...], initialize: Initialize) -> nn.Parameter:
+        """The whole parameter."""
+        return nn.Parameter(initialize(torch.empty(shape)))
+
+    def delta_rule(self) -> DeltaRule:
+        """The rule that fits this machine."""
+        return choose_delta_rule()
+
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        """torch's cross entropy in float32."""
-        loss = nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none")
+        """torch's cross entropy in float32 or wider."""
+        loss = nn.functional.cross_entropy(widen(logits_BTV).flatten(0, 1), labels_BT.flatten(), reduction="none")
         return loss.view_as(labels_BT)
 
 
@@ -97,8 +127,42 @@ class _TiedHead(nn.Module):
         return nn.functional.linear(hidden_BTD, weight_VD)
 
 
+def plain_linear(in_features: int, out_features: int, bias: bool, initialize: Initialize) -> nn.Linear:
+    """torch.nn.Linear with drawn weights and zero bias, on the default device."""
+    # Without torch's own initial values: they would advance the random generator.
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
+    initialize(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or as it is if wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be found, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def choose_delta_rule() -> DeltaRule:
+    """flash-linear-attention's kernels where there is a GPU and it is installed, else transformers' plain torch."""
+    from megatron_fwpkm.model.delta_rule import chunked_delta_rule, fla_delta_rule
+
+    return fla_delta_rule if torch.cuda.is_available() and installed("fla") else chunked_delta_rule
+
+
 def megatron_backend(initial_std: float, norm_epsilon: float) -> Backend:
-    """Megatron-Core's parallel layers on the current tensor-parallel group; needs topology.initialize() before."""
+    """Megatron-Core's parallel layers on the current tensor-parallel group; needs topology.initialize() before.
+
+    Where there is a GPU and Transformer Engine is installed, its linear layers and norms take the place of Megatron's.
+    """
+    if torch.cuda.is_available() and installed("transformer_engine"):
+        from megatron_fwpkm.parallel.transformer_engine_layers import TransformerEngineBackend
+
+        return TransformerEngineBackend(initial_std, norm_epsilon)
     from megatron_fwpkm.parallel.megatron_layers import MegatronBackend
 
     return MegatronBackend(initial_std, norm_epsilon)

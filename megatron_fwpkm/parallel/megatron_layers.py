@@ -8,6 +8,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
 
 from megatron_fwpkm.memory.norms import RMSNorm
+from megatron_fwpkm.model.delta_rule import DeltaRule
+from megatron_fwpkm.parallel.backend import Initialize, choose_delta_rule, plain_linear, widen
 
 
 class _ColumnLinear(tensor_parallel.ColumnParallelLinear):
@@ -24,6 +26,16 @@ class _RowLinear(tensor_parallel.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output, _ = super().forward(x)
         return output
+
+
+class _HeadNorm(RMSNorm):
+    """RMSNorm of heads that are split over the ranks.
+
+    Each rank's heads contribute a part of the weight's gradient; the copy's backward pass adds the parts up.
+    """
+
+    def scale(self) -> torch.Tensor:
+        return tensor_parallel.copy_to_tensor_model_parallel_region(super().scale())
 
 
 class MegatronBackend:
@@ -72,10 +84,8 @@ class MegatronBackend:
         )
 
     def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
-        """ColumnParallelLinear that gathers its output."""
-        return _ColumnLinear(
-            in_features, out_features, config=self._config, init_method=self._initialize, bias=bias, gather_output=True
-        )
+        """A plain layer, the same on every rank: its input is, so its gradients are too, and nothing is gathered."""
+        return plain_linear(in_features, out_features, bias, self._initialize)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """VocabParallelEmbedding."""
@@ -99,6 +109,24 @@ class MegatronBackend:
         """Zero-centred RMSNorm, the same on every rank."""
         return RMSNorm(size, self._norm_epsilon)
 
+    def head_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
+        """RMSNorm whose weight's gradient is summed over the ranks."""
+        return _HeadNorm(size, self._norm_epsilon, zero_centred=zero_centred)
+
+    def split_parameter(self, shape: tuple[int, ...], initialize: Initialize) -> nn.Parameter:
+        """Drawn as a whole on the CPU, of which each rank keeps its rows."""
+        if shape[0] % self.tensor_parallel_size:
+            raise ValueError(f"{shape[0]} rows can't be split over {self.tensor_parallel_size} tensor-parallel ranks")
+        whole = initialize(torch.empty(shape))
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        parameter = nn.Parameter(whole.chunk(self.tensor_parallel_size)[rank].clone())
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        return parameter
+
+    def delta_rule(self) -> DeltaRule:
+        """The rule that fits this machine, on this rank's heads."""
+        return choose_delta_rule()
+
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        """Vocabulary-parallel cross entropy in float32."""
-        return tensor_parallel.vocab_parallel_cross_entropy(logits_BTV.float(), labels_BT)
+        """Vocabulary-parallel cross entropy, float32 whatever the logits are; float32 logits are overwritten."""
+        return tensor_parallel.vocab_parallel_cross_entropy(widen(logits_BTV), labels_BT)

@@ -113,13 +113,13 @@ def test_pkm_gradients_accumulate() -> None:
 def test_accounting() -> None:
     layer = FwPKMLayer(6, CONFIG)
     numbers = layer.num_parameters()
-    assert numbers["slow"] == sum(p.numel() for p in layer.parameters())
-    assert numbers["fast"] == 64 * 5 + 2 * 2 * 8 * 4
-    assert numbers["fast_active_per_token"] == 6 * 5
+    assert numbers.slow == sum(p.numel() for p in layer.parameters())
+    assert numbers.fast == 64 * 5 + 2 * 2 * 8 * 4
+    assert numbers.active_per_token == numbers.slow + 2 * 2 * 8 * 4 + 6 * 5
     wider = FwPKMLayer(6, dataclasses.replace(CONFIG, n_subkeys=16))
     assert wider.num_flops_per_token() - layer.num_flops_per_token() == 2 * 8 * 2 * 8  # scoring only
     pkm = PKMLayer(6, PKM)
-    assert pkm.num_parameters()["slow"] - pkm.num_parameters()["slow_active_per_token"] == (36 - 6) * 5
+    assert pkm.num_parameters().slow - pkm.num_parameters().active_per_token == (36 - 6) * 5
 
 
 def test_autocast_does_not_reach_the_memory() -> None:

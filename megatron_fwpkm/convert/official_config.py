@@ -1,0 +1,205 @@
+"""Configurations of the paper's official code (its config.json) as a `DecoderConfig`.
+
+Every key is translated, or must have the one value that this implementation has, or says nothing about the
+mathematics; anything else is an error, so that no setting is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_fwpkm.compatibility import mend_torchvision
+from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.memory import MemoryConfig, PKMConfig
+from megatron_fwpkm.model.settings import DecoderConfig, DeltaNetConfig, Mixer, YarnConfig
+
+
+class OfficialConfigError(UserError):
+    """A configuration can't be translated; the message names the key, its value and what is possible."""
+
+
+_MIXERS: dict[str, Mixer] = {
+    "linear_attention": "gated_delta_net",
+    "sliding_attention": "sliding_attention",
+    "full_attention": "full_attention",
+}
+# Our field -> their key. Sizes must be there: the paper's code takes absent ones from a library's other defaults.
+_DECODER = {
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "attention_heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rotary_fraction": "partial_rotary_factor",
+    "rotary_base": "rope_theta",
+    "mlp_size": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "initial_std": "initializer_range",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_MAY_BE_ABSENT = {"partial_rotary_factor", "rope_theta", "initializer_range"}  # our defaults are theirs
+_DELTA_NET = {
+    "key_heads": "linear_num_key_heads",
+    "value_heads": "linear_num_value_heads",
+    "key_head_dim": "linear_key_head_dim",
+    "value_head_dim": "linear_value_head_dim",
+    "conv_kernel": "linear_conv_kernel_dim",
+}
+_MEMORY = {
+    "heads": "fwpkm_heads",
+    "topk": "fwpkm_topk",
+    "n_subkeys": "fwpkm_n_subkeys",
+    "k_dim": "fwpkm_k_dim",
+    "v_dim": "fwpkm_v_dim",
+    "chunk_size": "fwpkm_update_chunk_size",
+    "lookahead": "fwpkm_target_value_lookahead",
+    "score_type": "fwpkm_qk_score_type",
+    "score_nonlinearity": "fwpkm_score_nonlinear",
+    "temperature": "fwpkm_score_temperature",
+    "learning_rate": "fwpkm_optimizer_lr",
+    "weight_decay": "fwpkm_optimizer_weight_decay",
+    "gradient_clip": "fwpkm_grad_clip",
+    "addressing_loss_weight": "fwpkm_addr_loss_weight",
+    "values_only": "fwpkm_mem_grad_to_values_only",
+    "weigh_write_by_gate": "fwpkm_weight_loss_with_gates",
+    "fuse_output_by_gate": "fwpkm_out_fuse_gate",
+}
+_PKM = {
+    "heads": "pkm_heads",
+    "topk": "pkm_topk",
+    "n_subkeys": "pkm_n_subkeys",
+    "k_dim": "pkm_k_dim",
+    "v_dim": "pkm_v_dim",
+}
+_OTHERS = {
+    *("vocab_size", "layer_types", "sliding_window", "rope_scaling", "fwpkm_layers", "pkm_layers"),
+    *("fwpkm_addr_loss", "fwpkm_compress_value", "fwpkm_target_lookahead"),
+}
+_ONLY: dict[str, Any] = {
+    "model_type": "qwen3_next_mem",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "fwpkm_before_attn": True,
+    "fwpkm_compress_query": None,
+    "fwpkm_loss_type": "mse",
+    "fwpkm_optimizer_type": "sgd",
+    "fwpkm_query_src": "hidden",
+    "fwpkm_value_src": "hidden",
+    "fwpkm_variant": "pkm",
+    "pkm_query_rmsnorm": True,
+}
+# Derived from others, limits that ours does not have, or about storage: fast weights are float32 here whatever
+# fwpkm_fp32_fw says.
+_SAY_NOTHING = {"num_fwpkm_layers", "max_position_embeddings", "use_cache", "fwpkm_fp32_fw", "auto_map"}
+
+
+def decoder_config(official: Mapping[str, Any]) -> tuple[DecoderConfig, int]:
+    """The decoder's configuration and the vocabulary's size.
+
+    Raises:
+        OfficialConfigError: keys that are unknown, missing or have values that are not supported.
+    """
+    _check_keys(official)
+    kinds = _required(official, "layer_types")
+    wrong = sorted({str(kind) for kind in kinds} - set(_MIXERS))
+    if wrong:
+        raise OfficialConfigError(f"layer_types has {', '.join(wrong)}; known are {', '.join(_MIXERS)}")
+    if len(kinds) != _required(official, "num_hidden_layers"):
+        raise OfficialConfigError(
+            f"layer_types has {len(kinds)} entries, num_hidden_layers is {official['num_hidden_layers']}"
+        )
+    for key in (set(_DECODER.values()) - _MAY_BE_ABSENT) | (
+        set(_DELTA_NET.values()) if "linear_attention" in kinds else set()
+    ):
+        _required(official, key)
+    settings = _translate(official, _DECODER)
+    if "sliding_attention" in kinds or official.get("sliding_window") is not None:
+        settings["window"] = _required(official, "sliding_window")
+    try:
+        config = DecoderConfig(
+            **settings,
+            mixers=tuple(_MIXERS[kind] for kind in kinds),
+            rope_scaling=_rope_scaling(official),
+            delta_net=DeltaNetConfig(**_translate(official, _DELTA_NET)),
+            memory_layers=tuple(official.get("fwpkm_layers") or ()),
+            memory=_memory(official),
+            pkm_layers=tuple(official.get("pkm_layers") or ()),
+            pkm=PKMConfig(**_translate(official, _PKM)),
+        )
+    except (TypeError, ValueError) as error:
+        raise OfficialConfigError(f"the configuration can't be used: {error}") from error
+    return config, int(_required(official, "vocab_size"))
+
+
+def _check_keys(official: Mapping[str, Any]) -> None:
+    translated = {key for part in (_DECODER, _DELTA_NET, _MEMORY, _PKM) for key in part.values()}
+    known = translated | _OTHERS | set(_ONLY) | _SAY_NOTHING | _keys_of_the_library()
+    unknown = sorted(set(official) - known)
+    if unknown:
+        raise OfficialConfigError(f"unknown keys {', '.join(unknown)}: nothing here corresponds to them")
+    for key, only in _ONLY.items():
+        if key in official and official[key] != only:
+            raise OfficialConfigError(f"{key} is {official[key]!r}; only {only!r} is supported")
+
+
+@functools.cache
+def _keys_of_the_library() -> frozenset[str]:
+    """Keys that transformers writes into every config.json: generation, labels, versions."""
+    mend_torchvision()
+    from transformers import PretrainedConfig
+
+    return frozenset({*PretrainedConfig().to_dict(), "torch_dtype", "architectures"})
+
+
+def _required(official: Mapping[str, Any], key: str) -> Any:
+    if official.get(key) is None:
+        raise OfficialConfigError(f"{key} is missing")
+    return official[key]
+
+
+def _translate(official: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: official[theirs] for ours, theirs in names.items() if theirs in official}
+
+
+def _memory(official: Mapping[str, Any]) -> MemoryConfig:
+    settings = _translate(official, _MEMORY)
+    losses = {"me": "marginal_entropy", None: "none"}
+    values = {"zero_mean": True, None: False}
+    for key, allowed in (("fwpkm_addr_loss", losses), ("fwpkm_compress_value", values)):
+        if key in official and official[key] not in allowed:
+            raise OfficialConfigError(f"{key} is {official[key]!r}; allowed: {', '.join(map(repr, allowed))}")
+    if "fwpkm_addr_loss" in official:
+        settings["addressing_loss"] = losses[official["fwpkm_addr_loss"]]
+    if "fwpkm_compress_value" in official:
+        settings["normalize_value"] = values[official["fwpkm_compress_value"]]
+    config = MemoryConfig(**settings)
+    # The released files spell it so, but that code reads fwpkm_target_value_lookahead only.
+    if official.get("fwpkm_target_lookahead", config.lookahead) != config.lookahead:
+        raise OfficialConfigError(
+            f"fwpkm_target_lookahead is {official['fwpkm_target_lookahead']}, which the official code never reads (its "
+            f"lookahead is {config.lookahead}); remove it, or set fwpkm_target_value_lookahead"
+        )
+    return config
+
+
+def _rope_scaling(official: Mapping[str, Any]) -> YarnConfig | None:
+    scaling = official.get("rope_scaling")
+    if scaling is None:
+        return None
+    names = {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+    }
+    kind = scaling.get("rope_type", scaling.get("type"))
+    unknown = sorted(set(scaling) - set(names) - {"rope_type", "type"})
+    if kind != "yarn" or unknown:
+        raise OfficialConfigError(f"rope_scaling is {dict(scaling)!r}; only yarn with {', '.join(names)} is supported")
+    settings = {ours: scaling[theirs] for theirs, ours in names.items() if theirs in scaling}
+    settings.setdefault("original_length", official.get("max_position_embeddings"))
+    return YarnConfig(**settings)

@@ -1,0 +1,86 @@
+"""Transformer Engine's linear layers and norms behind the Backend interface, through Megatron-Core's wrappers.
+
+For GPUs: importing this module without Transformer Engine raises ImportError.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.extensions import transformer_engine as wrappers
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_fwpkm.parallel.megatron_layers import MegatronBackend
+
+if not wrappers.HAVE_TE:
+    raise ImportError("Transformer Engine is not installed; install the gpu extra or use MegatronBackend")
+
+
+class _ColumnLinear(wrappers.TEColumnParallelLinear):
+    """Returns the output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output, _ = super().forward(x)
+        return output
+
+
+class _RowLinear(wrappers.TERowParallelLinear):
+    """Returns the output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output, _ = super().forward(x)
+        return output
+
+
+class TransformerEngineBackend(MegatronBackend):
+    """As MegatronBackend, with Transformer Engine's column- and row-parallel layers and RMSNorm.
+
+    Embedding, head, head norms, gathered linear layers and cross entropy stay Megatron's and ours: Transformer Engine
+    has no equal of them.
+    """
+
+    def __init__(self, initial_std: float, norm_epsilon: float) -> None:
+        super().__init__(initial_std, norm_epsilon)
+        # The wrappers read dtypes, initialization and the kind of norm from it; the sizes are required but not used.
+        self._wrapped_config = TransformerConfig(
+            num_layers=1,
+            hidden_size=1,
+            num_attention_heads=1,
+            tensor_model_parallel_size=self.tensor_parallel_size,
+            use_cpu_initialization=True,
+            params_dtype=torch.float32,
+            gradient_accumulation_fusion=False,
+            normalization="RMSNorm",
+            layernorm_zero_centered_gamma=True,
+            layernorm_epsilon=norm_epsilon,
+        )
+
+    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """Transformer Engine's column-parallel layer."""
+        return _ColumnLinear(
+            in_features,
+            out_features,
+            config=self._wrapped_config,
+            init_method=self._initialize,
+            gather_output=False,
+            bias=bias,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """Transformer Engine's row-parallel layer."""
+        return _RowLinear(
+            in_features,
+            out_features,
+            config=self._wrapped_config,
+            init_method=self._initialize,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+
+    def norm(self, size: int) -> nn.Module:
+        """Transformer Engine's RMSNorm with a zero-centred weight."""
+        return wrappers.TENorm(self._wrapped_config, size, eps=self._norm_epsilon)
