@@ -11,7 +11,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "launch":
 
 import typer  # noqa: E402
 
-from megatron_fwpkm.errors import SharedUserError, UserError  # noqa: E402
+from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,30 +20,50 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     config: Path = typer.Option(Path("configs/train/nano.yaml"), help="Training configuration (YAML)."),
     overrides: list[str] = typer.Argument(None, help="key.sub=value pairs that override the file."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the resolved configuration, what it costs and its layout; start nothing."
+    ),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Given by the deepspeed launcher; unused."),
 ) -> None:
     """Train. Under torchrun or the deepspeed launcher this is one process of the job; otherwise it starts them."""
     from megatron_fwpkm.config import load_train_config
     from megatron_fwpkm.parallel.topology import started_by_launcher
-    from megatron_fwpkm.train.job import prepare_data, run_job
     from megatron_fwpkm.train.launcher import report_user_error, start_processes
 
     try:
         settings = load_train_config(config, overrides or [])
+        if dry_run:
+            _print_plan(settings)
+            return
+        from megatron_fwpkm.train.display import print_line
+        from megatron_fwpkm.train.job import check_run_directory, run_job
+        from megatron_fwpkm.train.job_data import prepare_data
+
         if started_by_launcher():
             run_job(settings)
             return
-        prepare_data(settings, report=lambda line: print(line, flush=True))
-        status = start_processes(sys.argv, settings.parallel.processes)
+        check_run_directory(settings)
+        prepare_data(settings, report=print_line)
+        status = start_processes(sys.argv, settings.parallel.processes, Path(settings.run_directory))
     except UserError as error:
-        if isinstance(error, SharedUserError):
-            if report_user_error(str(error)):
-                return
-            if os.environ.get("RANK") != "0":
-                raise typer.Exit(2) from None
-        typer.echo(f"error: {error}", err=True)
+        if isinstance(error, SharedUserError) and report_user_error(str(error)):
+            return
+        # Every rank of a launcher reads the same configuration, and each machine its own files.
+        telling = os.environ.get("RANK" if isinstance(error, SharedUserError) else "LOCAL_RANK", "0") == "0"
+        if telling:
+            typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    except JobFailedError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+def _print_plan(settings: "TrainConfig") -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
+    from megatron_fwpkm.train.display import new_console
+    from megatron_fwpkm.train.dry_run import make_plan, print_plan
+
+    print_plan(settings, make_plan(settings), new_console())
 
 
 if __name__ == "__main__":

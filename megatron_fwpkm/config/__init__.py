@@ -1,6 +1,12 @@
 """Typed configuration, YAML composition and dotted overrides."""
 
-from megatron_fwpkm.config.load import differing_keys, load_data_config, load_train_config, to_yaml
+from megatron_fwpkm.config.load import (
+    differing_keys,
+    load_data_config,
+    load_model_config,
+    load_train_config,
+    to_yaml,
+)
 from megatron_fwpkm.config.schema import TrainConfig
 from megatron_fwpkm.errors import UserError
 
@@ -9,6 +15,7 @@ __all__ = [
     "UserError",
     "differing_keys",
     "load_data_config",
+    "load_model_config",
     "load_train_config",
     "to_yaml",
 ]

@@ -1,7 +1,8 @@
 """From YAML files and `key.sub=value` overrides to a checked configuration.
 
 A file may have an `include` mapping from section name to another file, relative to itself; the included file's
-content becomes that section, and the file's own keys are merged over it. Overrides come last.
+content becomes that section. It may build on another file of its kind, named by `base`. The file's own keys are merged
+over both (mappings key by key, lists as a whole). Overrides come last.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fwpkm.config.schema import TrainConfig
 from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.model.settings import DecoderConfig
 
 
 def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -31,6 +33,11 @@ def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def load_data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
     """Read and check the configuration of a corpus on its own (a file of configs/data/). Raises UserError."""
     return _load(DataConfig, path, overrides)
+
+
+def load_model_config(path: Path, overrides: Sequence[str] = ()) -> DecoderConfig:
+    """Read and check the shape of a model on its own (a file of configs/model/). Raises UserError."""
+    return _load(DecoderConfig, path, overrides)
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -52,7 +59,7 @@ def differing_keys(left: Mapping[str, Any], right: Mapping[str, Any], prefix: st
     return found
 
 
-ConfigType = typing.TypeVar("ConfigType", bound=BaseModel)
+ConfigType = typing.TypeVar("ConfigType")
 
 
 def _load(kind: type[ConfigType], path: Path, overrides: Sequence[str]) -> ConfigType:
@@ -68,7 +75,7 @@ def _load(kind: type[ConfigType], path: Path, overrides: Sequence[str]) -> Confi
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     try:
-        return kind.model_validate(content)
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise UserError(_describe(error, path)) from error
 
@@ -78,12 +85,14 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> Any:
 
     resolved = path.resolve()
     if resolved in seen:
-        raise UserError(f"{path}: includes itself; remove the loop of `include` entries")
+        raise UserError(f"{path}: includes itself; remove the loop of `include` or `base` entries")
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise UserError(f"no configuration file {path}; give an existing one, for example {_example()}") from error
     except OSError as error:
+        if error.errno is None:  # OmegaConf's own, for a number or another single value
+            raise UserError(f"{path}: expected a mapping of keys to values at the top, found one value") from error
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # the YAML parser raises types of its own, with positions in the message
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -93,6 +102,11 @@ def _compose(path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(includes, DictConfig):
         raise UserError(f"{path}: `include` must map section names to files, as in `model: ../model/nano.yaml`")
     base = OmegaConf.create({})
+    if "base" in tree:
+        target = tree.pop("base")
+        if not isinstance(target, str):
+            raise UserError(f"{path}: `base` must name one other file, as in `base: common.yaml`")
+        base = _compose(path.parent / target, (*seen, resolved))
     for section, target in includes.items():
         base[section] = _compose(path.parent / str(target), (*seen, resolved))
     return OmegaConf.merge(base, tree)
@@ -113,7 +127,7 @@ def _as_mapping(tree: Any, path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def _parse_override(kind: type[BaseModel], override: str) -> Any:
+def _parse_override(kind: type[Any], override: str) -> Any:
     from omegaconf import OmegaConf
 
     key, separator, _ = override.partition("=")
@@ -125,6 +139,8 @@ def _parse_override(kind: type[BaseModel], override: str) -> Any:
     except Exception as error:  # the value is parsed as YAML, whose errors have many types
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
     _reject_unknown(kind, content, where=f"override {override!r}")
+    if OmegaConf.missing_keys(tree):  # merging would keep the file's value without a word
+        raise UserError(f"override {override!r}: ??? stands for a missing value; give one")
     return tree
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 import os
@@ -14,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from megatron_fwpkm.errors import SharedUserError, UserError
+from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
+from megatron_fwpkm.files import is_no_space
 
 RANK_ORDER = "tp-cp-ep-pp-dp"
 """Megatron's axis order that equals DeepSpeed's ["data", "pipe", "model"]: a replica's ranks are consecutive."""
@@ -61,13 +64,21 @@ def initialize(tensor_parallel: int, timeout_seconds: int) -> Topology:
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % tensor_parallel:
         raise SharedUserError(
-            f"{world_size} processes can't be divided into groups of parallel.tensor={tensor_parallel}"
+            f"{world_size} processes can't be divided into groups of parallel.tensor={tensor_parallel}; start a "
+            f"multiple of {tensor_parallel}"
         )
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # The deepspeed launcher has another name for it; streaming, too, looks for this one.
+    local_world_size = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    set_threads(local_world_size)
     deepspeed, parallel_state = _import_engine()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise SharedUserError(
+                f"{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each "
+                f"GPU: parallel.processes={torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(local_rank)
         backend = "nccl"
     if backend == "gloo":
@@ -86,7 +97,7 @@ def initialize(tensor_parallel: int, timeout_seconds: int) -> Topology:
         rank=torch.distributed.get_rank(),
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_world_size=local_world_size,
         replica=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
     )
@@ -101,6 +112,8 @@ def _import_engine() -> tuple[Any, Any]:
     import deepspeed
     from megatron.core import parallel_state
 
+    # At its end the interpreter looks through every object for garbage: for seconds, with these libraries loaded.
+    atexit.register(gc.freeze)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed, parallel_state
 
@@ -117,7 +130,8 @@ def shut_down() -> None:
 def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
     """Run `action` on every rank; if it fails on any, raise on all, so that none waits for one that has gone.
 
-    A UserError is raised as SharedUserError with its message; anything else as RuntimeError with the failing rank's.
+    A UserError is raised as SharedUserError with its message, a full disk as one that says so, anything else as
+    RankFailedError with the message of the first rank that failed. `what` is a phrase like "writing a checkpoint".
     """
     result: Result | None = None
     failure: tuple[bool, str] | None = None
@@ -126,16 +140,34 @@ def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
         result = action()
     except Exception as error:
         cause = error
-        failure = (isinstance(error, UserError), str(error) or type(error).__name__)
+        failure = _describe_failure(error, what)
     failures: list[tuple[bool, str] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
     for rank, found in enumerate(failures):
         if found is not None:
             by_user, message = found
-            if by_user:
-                raise SharedUserError(message) from cause
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}") from cause
+            raise (SharedUserError(message) if by_user else RankFailedError(rank, what, message)) from cause
     return result  # type: ignore[return-value]
+
+
+def _describe_failure(error: Exception, what: str) -> tuple[bool, str]:
+    """Whether the user can mend it, and what to say."""
+    if isinstance(error, UserError):
+        return True, str(error)
+    if is_no_space(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return True, (
+            f"no space left on the disk while {what}{where}; free some and start the same command again: checkpoints "
+            f"are whole or not there, and it goes on from the newest"
+        )
+    return False, f"{type(error).__name__}: {error}"
+
+
+def on_leader(action: Callable[[], Result], what: str) -> Result:
+    """Run `action` on rank 0 alone; every rank gets its result, or raises as agree_on_errors() does if it failed."""
+    shared = [agree_on_errors(lambda: action() if torch.distributed.get_rank() == 0 else None, what)]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]  # type: ignore[return-value]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class RowTraffic(TorchDispatchMode):
     Attributes:
         bytes_moved: total
         by_operation: the same by operation
-        largest_result: elements of the largest result, to show that nothing of the table's size was made
+        largest_result: elements of the largest dense result, to show that nothing of the table's size was made
     """
 
     def __init__(self, width: int) -> None:
@@ -49,7 +49,8 @@ class RowTraffic(TorchDispatchMode):
         operands = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         new = [t for t in results if all(t is not operand for operand in operands)]
-        self.largest_result = max([self.largest_result, *(t.numel() for t in new)])
+        dense = [t.numel() for t in new if t.layout == torch.strided]  # of a sparse tensor numel() is the shape's
+        self.largest_result = max([self.largest_result, *dense])
         if not any(t.dim() == 2 and t.shape[-1] == self.width for t in operands + results):
             return result
         moved = sum(_bytes(t) for t in operands) + sum(_bytes(t) for t in new)

@@ -6,8 +6,10 @@
             slow/                      DeepSpeed: weights, optimizer shards
             fast_state/replica_00000/block_001.safetensors
             random/rank_00000.pt       random number generators
+            <part>/                    whatever else has state of its own
             job.json                   step, tokens, data cursor, corpus, layout
             manifest.json              size and SHA-256 of every other file, written last
+        damaged_step_00000100/         one that was found damaged and not used
 
 A checkpoint is written into `.step_00000200.partial`, forced to disk and renamed; `latest` follows last. It is complete
 when it has a manifest, and loaded only when its files are those of the manifest.
@@ -15,29 +17,24 @@ when it has a manifest, and loaded only when its files are those of the manifest
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed
-
-from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.files import sync_path, sync_tree, write_atomically
+from megatron_fwpkm.errors import SharedUserError, UserError
+from megatron_fwpkm.files import strict_json, sync_path, write_atomically
 from megatron_fwpkm.model.decoder import Decoder
-from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
+from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, damage, describe_files
+from megatron_fwpkm.train.checkpoint_parts import CheckpointPart, FastStates, RandomGenerators, SlowWeights
 
 FORMAT_VERSION = 2
-MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
-_SLOW_TAG = "slow"
 
 
 @dataclass(frozen=True)
@@ -53,116 +50,143 @@ class JobState:
     corpus: dict[str, str]
     """Hashes of the corpus and tokenizer that the run reads."""
     world_size: int
+    skipped_in_a_row: int = 0
+    """Steps skipped just before; without them a run that has diverged would have all its tries again at each start."""
     format_version: int = FORMAT_VERSION
 
 
 class CheckpointStore:
-    """The checkpoints folder of one run. All ranks call save() and load() together."""
+    """The checkpoints folder of one run. All ranks call save() and load() together.
 
-    def __init__(self, folder: Path, keep: int, topology: Topology) -> None:
+    `parts` are owners of further state; each gets a folder of its name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        topology: Topology,
+        engine: Any,
+        model: Decoder,
+        parts: Mapping[str, CheckpointPart] | None = None,
+    ) -> None:
         self._folder = folder
         self._keep = keep
         self._topology = topology
+        self._model = model
+        self._parts: dict[str, CheckpointPart] = {
+            "slow": SlowWeights(engine),
+            "fast_state": FastStates(model, topology),
+            "random": RandomGenerators(topology),
+            **(parts or {}),
+        }
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        pointer = self._folder / "latest"
-        if pointer.is_file():
-            named = self._folder / pointer.read_text().strip()
-            if _NAME.fullmatch(named.name) and (named / MANIFEST_FILE).is_file():
-                return named
-        complete = self._complete()
-        return complete[-1] if complete else None
+    def has_any(self) -> bool:
+        """Whether there is a checkpoint, whole or not."""
+        return bool(self._names())
 
-    def save(self, engine: Any, model: Decoder, state: JobState) -> Path:
-        """Write a checkpoint of this step unless there is one, point `latest` at it, drop the oldest."""
+    def save(self, state: JobState) -> Path:
+        """Write a checkpoint of this step unless there is one, point `latest` at it, drop the oldest.
+
+        Raises SharedUserError when the disk is too full, RankFailedError for other errors; nothing half is left.
+        """
         target = self._folder / f"step_{state.step:08d}"
         partial = self._folder / f".{target.name}.partial"
-        exists = self._on_leader(lambda: self._clear_for(target, partial, model), "preparing a checkpoint")
+        exists = on_leader(lambda: self._clear_for(target, partial), "preparing a checkpoint")
         if not exists:
             try:
-                agree_on_errors(lambda: self._write(partial, engine, model, state), "writing a checkpoint")
+                agree_on_errors(lambda: self._write(partial, state), "writing a checkpoint")
+                description = describe_files(partial, self._topology)
+                on_leader(lambda: _commit(partial, target, description), "writing a checkpoint")
             except Exception:
                 if self._topology.is_leader:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-        self._on_leader(lambda: self._publish(partial, target, state), "publishing a checkpoint")
+        on_leader(lambda: self._point_at(target), "writing a checkpoint")
         return target
 
-    def load(self, source: Path, engine: Any, model: Decoder) -> JobState:
-        """Restore slow weights, optimizer, fast state and random generators; returns the rest.
+    def load(self, say: Callable[[str], None]) -> tuple[Path, JobState] | None:
+        """Restore the newest whole checkpoint; returns it with the state that has no owner, or None if there is none.
 
-        Raises UserError if the checkpoint is damaged or of another layout.
+        Newer ones that are damaged are renamed to damaged_<name>; `say` gets a line about each. Raises
+        SharedUserError if there are checkpoints and none is whole, or the one found is of another layout.
         """
-        self._on_leader(lambda: _verify(source), f"verifying {source}")
-        return agree_on_errors(lambda: self._read(source, engine, model), f"loading {source}")
+        names = on_leader(self._names, "looking for a checkpoint")
+        damaged: dict[str, str] = {}
+        for name in reversed(names):
+            wrong = damage(self._folder / name, self._topology)
+            if not wrong:
+                break
+            damaged[name] = f"{'; '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
+        else:
+            if not names:
+                return None
+            raise SharedUserError(
+                f"no checkpoint in {self._folder} is whole: "
+                + "; ".join(f"{name} ({text})" for name, text in damaged.items())
+                + f". Restore their files, or delete {self._folder} to begin anew"
+            )
+        source = self._folder / name
+        if damaged:
+            for line in on_leader(lambda: self._set_aside(damaged, name), "setting damaged checkpoints aside"):
+                say(line)
+        return source, agree_on_errors(lambda: self._read(source), f"loading {source}")
 
-    def _complete(self) -> list[Path]:
-        return sorted(
-            path
-            for path in self._folder.glob("step_*")
-            if _NAME.fullmatch(path.name) and (path / MANIFEST_FILE).is_file()
-        )
+    def _names(self) -> list[str]:
+        """Everything with a checkpoint's name, oldest first, whole or not."""
+        return sorted(path.name for path in self._folder.glob("step_*") if _NAME.fullmatch(path.name))
 
-    def _on_leader(self, action: Callable[[], bool], what: str) -> bool:
-        """Run `action` on rank 0; every rank gets its answer, or raises if it failed."""
-        answer = agree_on_errors(lambda: action() if self._topology.is_leader else False, what)
-        shared = [answer]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        return shared[0]
+    def _set_aside(self, damaged: Mapping[str, str], whole: str) -> list[str]:
+        write_atomically(self._folder / "latest", whole + "\n")
+        lines = []
+        for name, text in damaged.items():
+            kept = self._folder / f"damaged_{name}"
+            number = 1
+            while kept.exists():
+                number += 1
+                kept = self._folder / f"damaged_{name}.{number}"
+            os.rename(self._folder / name, kept)
+            lines.append(f"checkpoint {name} is damaged ({text}): renamed to {kept.name}, going on from {whole}")
+        return lines
 
-    def _clear_for(self, target: Path, partial: Path, model: Decoder) -> bool:
+    def _clear_for(self, target: Path, partial: Path) -> bool:
         """Make room for a checkpoint; True if it is there already. Raises UserError when the disk is too full."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.glob(".step_*.partial"):
             shutil.rmtree(leftover)
-        if (target / MANIFEST_FILE).is_file():
+        if target.exists():
             return True
-        if target.exists():  # the rest of one that was being deleted
-            shutil.rmtree(target)
-        needed = _estimated_bytes(model, self._topology.world_size)
+        needed = self._estimated_bytes()
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(
-                f"the disk of {self._folder} has {free / 2**20:.0f} MiB free and a checkpoint takes about "
-                f"{needed / 2**20:.0f} MiB; free some space and start again: the checkpoints that are there are whole"
+                f"no space left for a checkpoint: the disk of {self._folder} has {free / 2**20:.1f} MiB free and one "
+                f"takes about {needed / 2**20:.1f} MiB; free some and start the same command again: the checkpoints "
+                f"that are there are whole"
             )
-        partial.mkdir()
+        for name in self._parts:
+            (partial / name).mkdir(parents=True)
         return False
 
-    def _write(self, partial: Path, engine: Any, model: Decoder, state: JobState) -> None:
-        engine.save_checkpoint(str(partial), tag=_SLOW_TAG, save_latest=False)
-        for index, fast_state in model.fast_states():
-            path = partial / self._fast_state_file(index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fast_state.save(path)
-        random_file = partial / self._random_file()
-        random_file.parent.mkdir(exist_ok=True)
-        torch.save({"torch": torch.get_rng_state(), "python": random.getstate()}, random_file)
+    def _write(self, partial: Path, state: JobState) -> None:
+        for name, part in self._parts.items():
+            part.save(partial / name)
         if self._topology.is_leader:
-            (partial / "job.json").write_text(json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
+            (partial / JOB_FILE).write_text(json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
 
-    def _publish(self, partial: Path, target: Path, state: JobState) -> bool:
-        if partial.exists():
-            (partial / MANIFEST_FILE).write_text(json.dumps(_describe_files(partial), indent=1) + "\n")
-            sync_tree(partial)
-            os.rename(partial, target)
-            sync_path(self._folder)
+    def _point_at(self, target: Path) -> None:
         write_atomically(self._folder / "latest", target.name + "\n")
-        for old in self._complete()[: -self._keep]:
-            if old != target:  # renamed first: half a checkpoint must not carry a checkpoint's name
-                doomed = old.with_name(f".{old.name}.partial")
-                os.rename(old, doomed)
-                shutil.rmtree(doomed)
-        return True
+        whole = [name for name in self._names() if (self._folder / name / MANIFEST_FILE).is_file()]
+        for name in whole[: -self._keep]:  # renamed first: half a checkpoint must not carry a checkpoint's name
+            doomed = self._folder / f".{name}.partial"
+            os.rename(self._folder / name, doomed)
+            shutil.rmtree(doomed)
 
-    def _read(self, source: Path, engine: Any, model: Decoder) -> JobState:
+    def _read(self, source: Path) -> JobState:
         try:
-            state = JobState(**json.loads((source / "job.json").read_text()))
+            state = JobState(**json.loads((source / JOB_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"cannot read {source / 'job.json'}: {error}; delete {source} to use an older one"
-            ) from error
+            raise UserError(f"cannot read {source / JOB_FILE}: {error}; delete {source} to use an older one") from error
         if state.format_version != FORMAT_VERSION:
             raise UserError(f"{source} has format version {state.format_version}; this program reads {FORMAT_VERSION}")
         if state.world_size != self._topology.world_size:
@@ -170,54 +194,25 @@ class CheckpointStore:
                 f"{source} was written by {state.world_size} processes and this job has {self._topology.world_size}; "
                 f"start it with parallel.processes={state.world_size}"
             )
-        try:
-            loaded, _ = engine.load_checkpoint(str(source), tag=_SLOW_TAG)
-            if loaded is None:
-                raise ValueError("DeepSpeed found no weights in it")
-            for index, fast_state in model.fast_states():
-                fast_state.load(source / self._fast_state_file(index))
-            generators = torch.load(source / self._random_file(), weights_only=True)
-            torch.set_rng_state(generators["torch"])
-            random.setstate(_as_tuples(generators["python"]))
-        except Exception as error:
-            raise UserError(f"{source} can't be loaded ({error}); delete it to use an older one") from error
+        for name, part in self._parts.items():
+            try:
+                part.load(source / name)
+            except Exception as error:
+                raise UserError(
+                    f"{source / name} can't be loaded ({error}); delete {source} to use an older one"
+                ) from error
         return state
 
-    def _fast_state_file(self, index: int) -> Path:
-        return Path("fast_state", f"replica_{self._topology.replica:05d}", f"block_{index:03d}.safetensors")
-
-    def _random_file(self) -> Path:
-        return Path("random", f"rank_{self._topology.rank:05d}.pt")
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder but the manifest."""
-    described = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return described
+    def _estimated_bytes(self) -> int:
+        """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
+        slow = sum(parameter.numel() for parameter in self._model.parameters()) * 16
+        fast = sum(state.num_bytes for _, state in self._model.fast_states())
+        return slow + self._topology.replicas * fast + (1 << 20)
 
 
-def _verify(source: Path) -> bool:
-    """Raise UserError unless the files of a checkpoint are those of its manifest."""
-    try:
-        wanted = json.loads((source / MANIFEST_FILE).read_text())
-        found = _describe_files(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {source}: {error}; delete it to use an older one") from error
-    damaged = sorted(name for name in wanted if found.get(name) != wanted[name])
-    if damaged:
-        raise UserError(f"{source} is damaged ({', '.join(damaged[:3])}); delete it to use an older one")
-    return True
-
-
-def _estimated_bytes(model: Decoder, replicas: int) -> int:
-    """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
-    slow = sum(parameter.numel() for parameter in model.parameters()) * 16
-    return slow + replicas * sum(state.num_bytes for _, state in model.fast_states()) + (1 << 20)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _commit(partial: Path, target: Path, description: dict[str, dict[str, Any]]) -> None:
+    write_atomically(partial / MANIFEST_FILE, strict_json(description, indent=1) + "\n")
+    for folder in (path for path in partial.rglob("*") if path.is_dir()):
+        sync_path(folder)
+    os.rename(partial, target)
+    sync_path(target.parent)

@@ -2,198 +2,183 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 import torch.distributed
 
 from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.batch import TokenBatch
-from megatron_fwpkm.data.manifest import Manifest, check_shards
-from megatron_fwpkm.data.prepare import corpus_request, prepare_corpus
-from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, open_scratch, use_as_temporary_folder
-from megatron_fwpkm.data.streaming import TokenLoader
-from megatron_fwpkm.errors import SharedUserError, UserError
+from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch, use_as_temporary_folder
+from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.parallel.backend import megatron_backend
+from megatron_fwpkm.profiling.peak import Peak, device_peak
 from megatron_fwpkm.train.checkpoint import CheckpointStore
-from megatron_fwpkm.train.display import Display, duration, perplexity
-from megatron_fwpkm.train.engine import build_engine
+from megatron_fwpkm.train.display import duration, perplexity, print_line
+from megatron_fwpkm.train.dry_run import padded_vocabulary
+from megatron_fwpkm.train.engine import build_training
+from megatron_fwpkm.train.environment import describe_environment
+from megatron_fwpkm.train.job_data import JobData, open_data
+from megatron_fwpkm.train.launcher import report_failure
+from megatron_fwpkm.train.logs import RankLog
 from megatron_fwpkm.train.loop import Job, Progress, evaluate, resume, train
-from megatron_fwpkm.train.metrics import MetricsWriter
-from megatron_fwpkm.train.optimizer import build_optimizer
+from megatron_fwpkm.train.peers import PeerWatch
+from megatron_fwpkm.train.recorder import Recorder
 from megatron_fwpkm.train.run_directory import (
     check_same_configuration,
     lock_run_directory,
     write_description,
     write_summary,
 )
+from megatron_fwpkm.train.samples import Sampler, prompts_from
 from megatron_fwpkm.train.stop import StopRequest, end_with_parent
 
-VOCABULARY_MULTIPLE = 64
-"""The embedding is padded to a multiple of this times the tensor-parallel size."""
 
+def check_run_directory(config: TrainConfig) -> None:
+    """What can be found wrong with the run directory before any process starts; the ranks check again.
 
-def prepare_data(config: TrainConfig, report: Callable[[str], None]) -> tuple[Path, Manifest]:
-    """The corpus that the configuration asks for, prepared if it is not there."""
-    return prepare_corpus(corpus_request(config.data, config.seed), Path(config.data.directory), report)
+    Raises UserError if it can't be written, another job has it, or it has a run of another configuration.
+    """
+    run_directory = Path(config.run_directory)
+    with lock_run_directory(run_directory):
+        if any((run_directory / "checkpoints").glob("step_*")):
+            check_same_configuration(run_directory, config)
 
 
 def run_job(config: TrainConfig) -> None:
     """Train, evaluate and summarize as one rank of the job; every rank calls this with the same configuration.
 
-    Resumes by itself when the run directory has a checkpoint. Raises UserError for what the user can mend.
+    Resumes by itself when the run directory has a checkpoint. Raises UserError for what the user can mend, and
+    SystemExit with a status above 0, the reason said and logged, when this rank or another one failed.
     """
     started = time.perf_counter()
-    stop = StopRequest()
     end_with_parent()
     ranks = parallel.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
+    stop = StopRequest()  # not before: until here there is nothing to save, and a signal may end the process
+    run_directory = Path(config.run_directory)
     with ExitStack() as open_things:
         open_things.callback(parallel.shut_down)
         scratch = open_things.enter_context(_shared_scratch(ranks))
         run_lock = parallel.agree_on_errors(
-            lambda: lock_run_directory(Path(config.run_directory)) if ranks.is_leader else nullcontext(),
-            "locking the run directory",
+            lambda: lock_run_directory(run_directory) if ranks.is_leader else nullcontext(), "locking the run directory"
         )
         open_things.enter_context(run_lock)
-        say: Callable[[str], None] = _print if ranks.is_leader else _ignore
-        # The command that started the processes has prepared the data and said so.
-        said = SCRATCH_VARIABLE in os.environ
-        corpus, manifest = _prepare_in_turns(config, ranks, _ignore if said else say)
-        _check_sizes(config, ranks, manifest)
-        job = _build(config, ranks, corpus, manifest, scratch)
-        progress = _resume_or_begin(job, say)
-        if ranks.is_leader:
-            run_directory = Path(config.run_directory)
-            job.metrics = open_things.enter_context(MetricsWriter(run_directory, progress.step, config.logging.every))
-        job.display = open_things.enter_context(
-            Display(ranks.is_leader, config.logging.every, config.training.steps, progress.step)
-        )
-        job.display.say(_describe(job))
+        log = RankLog(run_directory, ranks.rank, ranks.world_size)
+        parallel.agree_on_errors(lambda: open_things.enter_context(log), "opening the logs")
+        watch = PeerWatch(ranks, run_directory, report_failure, lambda: _clean_up_after_others(scratch))
+        open_things.enter_context(watch)
+        with watch.reporting(log):
+            _run(config, ranks, scratch, stop, started)
+            watch.stop()
+            torch.distributed.barrier()  # the others watch no more either: this process may go
+
+
+def _run(config: TrainConfig, ranks: parallel.Topology, scratch: Path, stop: StopRequest, started: float) -> None:
+    say: Callable[[str], None] = print_line if ranks.is_leader else _ignore
+    # The command that started the processes has prepared the data and said so.
+    said = SCRATCH_VARIABLE in os.environ
+    job = _build(config, ranks, open_data(config, ranks, scratch, _ignore if said else say))
+    notes: list[str] = []
+    progress = _resume_or_begin(job, notes.append)
+    peak = _describe_run(job)
+    with job.recorder as recorder:
+        parallel.agree_on_errors(lambda: recorder.open(progress.step), "opening metrics and logs")
+        for line in (*notes, _describe(job, peak)):
+            recorder.say(line)
         _train_and_measure(job, progress, stop, started)
+        parallel.agree_on_errors(recorder.check, "recording the run")
 
 
 def _train_and_measure(job: Job, progress: Progress, stop: StopRequest, started: float) -> None:
-    config, display = job.config, job.display
+    config = job.config
     first_step = progress.step
     train(job, progress, stop.is_set)
     if progress.step < config.training.steps:
         reason = "as asked" if progress.stopped_early else "(training.stop_after_step)"
-        display.say(f"stopped after step {progress.step} {reason}; start again to go on")
+        job.recorder.say(f"stopped after step {progress.step} {reason}; start again to go on")
         return
     if first_step == progress.step:
-        display.say("training is complete, nothing left to do; measuring again")
+        job.recorder.say("training is complete, nothing left to do; measuring again")
     result = evaluate(job, progress)
-    if job.topology.is_leader:
-        _summarize(job, progress, result, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    parallel.on_leader(lambda: _summarize(job, progress, result, seconds), "writing the summary")
 
 
-def _prepare_in_turns(
-    config: TrainConfig, ranks: parallel.Topology, say: Callable[[str], None]
-) -> tuple[Path, Manifest]:
-    """Rank 0 prepares what is missing; the others then find it prepared."""
-    if ranks.is_leader:
-        corpus = parallel.agree_on_errors(lambda: _prepare_and_verify(config, say), "preparing the data")
-        parallel.agree_on_errors(lambda: None, "reading the manifest")
-    else:
-        parallel.agree_on_errors(lambda: None, "preparing the data")
-        corpus = parallel.agree_on_errors(lambda: prepare_data(config, say), "reading the manifest")
-    return corpus
-
-
-def _prepare_and_verify(config: TrainConfig, say: Callable[[str], None]) -> tuple[Path, Manifest]:
-    corpus, manifest = prepare_data(config, say)
-    check_shards(corpus)
-    return corpus, manifest
-
-
-def _build(config: TrainConfig, ranks: parallel.Topology, corpus: Path, manifest: Manifest, scratch: Path) -> Job:
-    multiple = VOCABULARY_MULTIPLE * config.parallel.tensor
+def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
     model = Decoder(
         config.model,
-        vocab_size=-(-manifest.vocab_size // multiple) * multiple,
+        vocab_size=padded_vocabulary(data.vocab_size, config.parallel.tensor),
         backend=megatron_backend(config.model.initial_std, config.model.norm_epsilon),
         seed=config.seed,
     )
-    settings = config.optimizer
-    optimizer = build_optimizer(model, settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay)
-    engine = build_engine(model, optimizer, config.training, settings)
+    bundle = build_training(model, config.optimizer, config.training)
+    recorder = Recorder(config, ranks.is_leader)
+    prompts_BT = prompts_from(data.held_out, config.logging.samples, config.logging.sample_prompt_tokens)
+    if ranks.is_leader and prompts_BT is not None and data.tokenizer is not None:
+        from tokenizers import Tokenizer
 
-    def loader(split: str, shuffle: bool) -> TokenLoader:
-        batch_size, data = config.training.micro_batch_size, config.data
-        return TokenLoader(corpus / split, scratch / split, batch_size, shuffle, data.shuffle_seed, data.workers)
-
+        tokenizer = Tokenizer.from_file(str(data.tokenizer))
+        recorder.sampler = Sampler(model, tokenizer, prompts_BT, config.logging.sample_new_tokens)
     return Job(
         config=config,
         topology=ranks,
-        engine=engine,
+        engine_bundle=bundle,
         model=model,
-        loader=loader("train", shuffle=True),
-        held_out=_held_out(config, ranks, manifest, loader("validation", shuffle=False)),
-        corpus={"corpus": manifest.corpus_sha256, "tokenizer": manifest.tokenizer_sha256},
-        store=CheckpointStore(Path(config.run_directory) / "checkpoints", config.checkpoint.keep, ranks),
-        display=Display(False, config.logging.every, config.training.steps, 0),
-        metrics=None,
+        loader=data.loader,
+        held_out=data.held_out,
+        corpus=data.identity,
+        store=CheckpointStore(
+            Path(config.run_directory) / "checkpoints",
+            config.checkpoint.keep,
+            ranks,
+            bundle.engine,
+            model,
+            {"slow_tables": bundle.tables} if len(bundle.tables) else {},
+        ),
+        recorder=recorder,
     )
-
-
-def _held_out(
-    config: TrainConfig, ranks: parallel.Topology, manifest: Manifest, loader: TokenLoader
-) -> list[TokenBatch]:
-    """This rank's fixed held-out batches: as many as asked for, at most one epoch."""
-    sequences = min(config.evaluation.sequences, manifest.splits["validation"].sequences)
-    batches = sequences // (ranks.world_size * config.training.micro_batch_size)
-    return parallel.agree_on_errors(
-        lambda: list(itertools.islice(loader, max(1, batches))), "reading the held-out data"
-    )
-
-
-def _check_sizes(config: TrainConfig, ranks: parallel.Topology, manifest: Manifest) -> None:
-    """Raise UserError, on every rank alike, if a split has too few sequences for one batch on every rank."""
-    needed = ranks.world_size * config.training.micro_batch_size
-    for split, counts in manifest.splits.items():
-        if counts.sequences < needed:
-            raise SharedUserError(
-                f"the {split} split has {counts.sequences} sequences and one microbatch on each of {ranks.world_size} "
-                f"processes takes {needed}; lower training.micro_batch_size or data.sequence_length, or raise "
-                f"data.max_documents or data.validation_fraction"
-            )
 
 
 def _resume_or_begin(job: Job, say: Callable[[str], None]) -> Progress:
     run_directory = Path(job.config.run_directory)
-    latest = parallel.agree_on_errors(job.store.latest, "looking for a checkpoint")
-    if latest is None:
-        progress = Progress()
-    else:
-        parallel.agree_on_errors(
-            lambda: check_same_configuration(run_directory, job.config), "comparing configurations"
-        )
-        progress = resume(job, latest)
-        complete = progress.step >= job.config.training.steps
-        say(f"resumed from {latest}, {'the final checkpoint' if complete else f'step {progress.step}'}")
-
-    def describe() -> None:
-        if job.topology.is_leader:
-            try:
-                run_directory.mkdir(parents=True, exist_ok=True)
-                write_description(run_directory, job.config, job.topology.world_size)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to {run_directory}: {error.strerror}; give another run_directory"
-                ) from error
-
-    parallel.agree_on_errors(describe, f"writing to {run_directory}")
+    if parallel.on_leader(job.store.has_any, "looking for a checkpoint"):
+        parallel.on_leader(lambda: check_same_configuration(run_directory, job.config), "comparing configurations")
+    found = resume(job, say)
+    if found is None:
+        return Progress()
+    source, progress = found
+    complete = progress.step >= job.config.training.steps
+    say(f"resumed from {source}, {'the final checkpoint' if complete else f'step {progress.step}'}")
     return progress
 
 
-def _describe(job: Job) -> str:
+def _describe_run(job: Job) -> Peak:
+    """Write config.yaml and environment.json; sets the job's peak and returns one process's."""
+    config, run_directory = job.config, Path(job.config.run_directory)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
+    torch.distributed.barrier()  # measured on all ranks at once: they share cores
+    peak = device_peak(job.engine.device, dtype, config.logging.peak_teraflops)
+    total = torch.tensor(peak.flops, dtype=torch.float64, device=job.engine.device)
+    job.peak_flops = parallel.sum_over_ranks(total).item()
+
+    def write() -> None:
+        try:
+            write_description(run_directory, config, describe_environment(job.topology.world_size, peak))
+        except PermissionError as error:
+            raise UserError(f"cannot write to {run_directory}: {error.strerror}; give another run_directory") from error
+
+    parallel.on_leader(write, f"writing to {run_directory}")
+    return peak
+
+
+def _describe(job: Job, peak: Peak) -> str:
     config = job.config
     per_step = (
         config.training.micro_batch_size
@@ -203,17 +188,20 @@ def _describe(job: Job) -> str:
     )
     blocks = list(config.model.memory_layers) or "none"
     flops = job.model.num_flops_per_token(config.data.sequence_length)
-    fast = sum(layer.num_parameters()["fast"] for _, layer in job.model.memory_layers())
+    count = job.model.num_parameters()
     return (
-        f"model: {job.model.num_parameters() / 1e6:.2f} million slow and {fast / 1e6:.2f} million fast weights, "
+        f"model: {count.slow / 1e6:.2f} million slow and {count.fast / 1e6:.2f} million fast weights, "
         f"{flops / 1e6:.1f} MFLOP a token, memory in blocks {blocks}; {job.topology.world_size} processes, "
-        f"{per_step:,} tokens a step, {config.training.steps} steps"
+        f"{per_step:,} tokens a step, {config.training.steps} steps; MFU is of {job.peak_flops / 1e12:.3g} TFLOP/s "
+        f"({peak.source}; {job.topology.world_size} x {peak.flops / 1e12:.3g})"
     )
 
 
 def _summarize(job: Job, progress: Progress, result: HeldOutLoss, seconds: float) -> None:
     config = job.config
     run_directory = Path(config.run_directory)
+    flops_per_token = job.model.num_flops_per_token(config.data.sequence_length)
+    mfu = flops_per_token * progress.tokens_per_second / job.peak_flops
     values = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -224,11 +212,13 @@ def _summarize(job: Job, progress: Progress, result: HeldOutLoss, seconds: float
         "perplexity_without_reads": perplexity(result.without_reads),
         "held_out_tokens": result.tokens,
         "tokens_per_second": progress.tokens_per_second or None,
+        "mfu": mfu or None,
+        "peak_flops": job.peak_flops,
         "seconds": seconds,
     }
     write_summary(run_directory, values)
     speed = f"{progress.tokens_per_second:,.0f} tokens/s" if progress.seconds else "no step made in this start"
-    job.display.table(
+    job.recorder.table(
         f"{config.name}: {progress.step} steps, {progress.tokens:,} tokens",
         [
             (
@@ -238,6 +228,7 @@ def _summarize(job: Job, progress: Progress, result: HeldOutLoss, seconds: float
             ("held-out perplexity", f"{values['perplexity']:.3f}"),
             ("  without memory reads", f"{values['perplexity_without_reads']:.3f}"),
             ("speed", speed),
+            ("  model FLOPs utilization", f"{mfu:.1%} of {job.peak_flops / 1e12:.3g} TFLOP/s"),
             ("time of this start", duration(seconds)),
             ("skipped steps", str(progress.skipped_steps)),
             ("run directory", str(run_directory)),
@@ -268,8 +259,11 @@ def _shared_scratch(ranks: parallel.Topology) -> Iterator[Path]:
             torch.distributed.barrier()  # the folder is in use until the last rank is done
 
 
-def _print(line: str) -> None:
-    print(line, flush=True)
+def _clean_up_after_others(scratch: Path) -> None:
+    """Remove the job's temporary folder and shared memory if the process that would have done so is dead."""
+    if SCRATCH_VARIABLE not in os.environ:
+        tempfile.tempdir = str(scratch.parent)
+        clean_abandoned()
 
 
 def _ignore(line: str) -> None:

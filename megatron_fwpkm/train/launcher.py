@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,30 +13,38 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch
-from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.errors import JobFailedError, UserError
+from megatron_fwpkm.train import agent
+from megatron_fwpkm.train.display import print_line
+from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, Failure, describe_failure
 from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
 """Time that processes have to save and stop, once their launcher was told to end, before they are killed."""
-_ERROR_FILE = "user-error"
+_USER_ERROR_FILE = "user-error"
+_FAILURE_FILE = "failure"
+_EXITS_FILE = "exits.json"
+_MESSAGE_FILES = (_USER_ERROR_FILE, _FAILURE_FILE, _EXITS_FILE)
 
 
-def start_processes(script: Sequence[str], processes: int) -> int:
+def start_processes(script: Sequence[str], processes: int, run_directory: Path) -> int:
     """Run `script` (path and arguments) in so many processes under torch.distributed.run; returns the exit status.
 
     SIGTERM and SIGINT ask the processes, by a file, to stop after their current step; a second one ends them. The
     processes get a temporary folder of their own, removed at the end. Raises UserError with the message that the
-    processes left by report_user_error().
+    processes left by report_user_error() or when there is no room for the temporary folder, JobFailedError when one of
+    the processes failed or was killed.
     """
     try:
-        return _run(script, processes)
+        return _run(script, processes, run_directory)
     finally:
         clean_abandoned()
 
 
-def _run(script: Sequence[str], processes: int) -> int:
+def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
     cores = len(os.sched_getaffinity(0))
     with open_scratch() as (scratch, lock):
+        _reserve_messages(scratch)
         stop_file = scratch / "stop"
         environment = {
             **os.environ,
@@ -45,26 +54,30 @@ def _run(script: Sequence[str], processes: int) -> int:
             "OMP_NUM_THREADS": str(max(1, cores // processes)),
         }
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, "-P", str(agent.__file__), str(scratch / _EXITS_FILE), "--standalone"),
             *(f"--nproc-per-node={processes}", f"--shutdown-timeout={ORDERLY_STOP_SECONDS}", *script),
         ]
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which asks for an orderly stop.
         child = subprocess.Popen(
             command, env=environment, start_new_session=True, pass_fds=(lock,), preexec_fn=end_with_parent
         )
+        ended_at_once: list[bool] = []
 
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
             if stop_file.exists():
+                ended_at_once.append(True)
                 _kill_tree(child.pid)
             elif child.poll() is None:
-                print(f"{signal.Signals(number).name}: stopping after this step; once more to end at once", flush=True)
                 stop_file.touch()
+                print_line(f"{signal.Signals(number).name}: stopping after this step; once more to end at once")
 
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             status = child.wait()
-            if (scratch / _ERROR_FILE).exists():
-                raise UserError((scratch / _ERROR_FILE).read_text())
+            if message := agent.read_message(scratch / _USER_ERROR_FILE):
+                raise UserError(message)
+            if status != 0 and not ended_at_once:
+                raise JobFailedError(_describe_exits(scratch, run_directory, status))
             return status
         finally:
             for number, handler in previous.items():
@@ -72,6 +85,33 @@ def _run(script: Sequence[str], processes: int) -> int:
             if child.poll() is None:
                 _kill_tree(child.pid)
                 child.wait()
+
+
+def _reserve_messages(scratch: Path) -> None:
+    """Take the room for what processes may have to tell while it is there. Raises UserError on a full disk."""
+    try:
+        for name in _MESSAGE_FILES:
+            agent.reserve_message(scratch / name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the temporary folder {scratch.parent}: {error.strerror}; free some space, or name "
+            "another folder in the environment variable TMPDIR"
+        ) from error
+
+
+def _describe_exits(scratch: Path, run_directory: Path, status: int) -> str:
+    """Which rank ended a job, and how: what a survivor found out, and the exit status that only the parent learns."""
+    told, listed = (agent.read_message(scratch / name) for name in (_FAILURE_FILE, _EXITS_FILE))
+    if not listed:
+        return told or f"the launcher of the processes ended with status {status}"
+    exits = json.loads(listed)
+    first = next((entry for entry in exits if entry["status"] != EXIT_BECAUSE_OF_ANOTHER), exits[0])
+    # What the ranks found out counts more than a SIGTERM, which is what a launcher sends to those that are left.
+    killed = first["status"] < 0 and first["status"] != -signal.SIGTERM
+    if told and not (killed and f"rank {first['rank']} " in told):
+        return told
+    how = f"was ended by {signal.Signals(-first['status']).name}" if first["status"] < 0 else "ended"
+    return describe_failure(Failure(first["rank"], f"{how} (status {first['status']})"), run_directory)
 
 
 def _kill_tree(pid: int) -> None:
@@ -88,9 +128,23 @@ def report_user_error(message: str) -> bool:
 
     The process may then end with status 0, which spares the user the launcher's own report of a failure.
     """
+    if os.environ.get("RANK") != "0":
+        return SCRATCH_VARIABLE in os.environ
+    return _leave(_USER_ERROR_FILE, message)
+
+
+def report_failure(message: str) -> None:
+    """Tell the user why the job failed: through the command that started this process, or on the terminal."""
+    if not _leave(_FAILURE_FILE, message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _leave(name: str, message: str) -> bool:
     scratch = os.environ.get(SCRATCH_VARIABLE)
     if scratch is None:
         return False
-    if os.environ.get("RANK") == "0":
-        Path(scratch, _ERROR_FILE).write_text(message)
+    try:
+        agent.write_message(Path(scratch, name), message)
+    except OSError:  # the caller has other ways of telling
+        return False
     return True

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.batch import TokenBatch
-from megatron_fwpkm.data.streaming import TokenLoader
+from megatron_fwpkm.data.batch import Loader, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, held_out_loss
 from megatron_fwpkm.model.decoder import Decoder
-from megatron_fwpkm.parallel.topology import Topology
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
 from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState
-from megatron_fwpkm.train.display import Display, perplexity
-from megatron_fwpkm.train.metrics import MetricsWriter
-from megatron_fwpkm.train.optimizer import Schedule, set_learning_rate
+from megatron_fwpkm.train.engine import EngineBundle
+from megatron_fwpkm.train.recorder import Recorder, StepRecord
+from megatron_fwpkm.train.schedule import build_schedule
 from megatron_fwpkm.train.step import Stepper, StepResult
 
 RECENT_STEPS = 20
@@ -30,16 +29,21 @@ class Job:
 
     config: TrainConfig
     topology: Topology
-    engine: Any
+    engine_bundle: EngineBundle
     model: Decoder
-    loader: TokenLoader
+    loader: Loader
     held_out: Sequence[TokenBatch]
     store: CheckpointStore
     corpus: dict[str, str]
     """Hashes that tell corpora and tokenizers apart."""
-    display: Display
-    metrics: MetricsWriter | None
-    """None on ranks that record nothing."""
+    recorder: Recorder
+    peak_flops: float = float("nan")
+    """FLOP/s of all processes' devices together, for MFU."""
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.engine_bundle.engine
 
 
 @dataclass
@@ -72,58 +76,52 @@ class Progress:
 def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> None:
     """Train up to the configured step, or until some rank was asked to stop; saves at the end either way."""
     config = job.config
-    schedule = Schedule(
-        peak=config.optimizer.learning_rate,
-        warmup_steps=config.optimizer.warmup_steps,
-        steps=config.training.steps,
-        final_fraction=config.optimizer.final_fraction,
+    schedule = build_schedule(config.optimizer, config.training.steps)
+    stepper = Stepper(
+        job.engine_bundle,
+        job.model,
+        job.loader,
+        training=config.training,
+        seed=config.seed,
+        world_size=job.topology.world_size,
     )
-    stepper = Stepper(job.engine, job.model, job.loader, config.training.gradient_accumulation, job.topology.world_size)
     last_step = min(config.training.steps, config.training.stop_after_step or config.training.steps)
+    flops_per_token = job.model.num_flops_per_token(config.data.sequence_length)
     job.model.train()
     while progress.step < last_step and not progress.stopped_early:
         started = time.perf_counter()
         rate = schedule.learning_rate(progress.step + 1)
-        set_learning_rate(job.engine.optimizer, rate)
-        result = stepper.run(stop_requested())
-        _advance(progress, result, time.perf_counter() - started)
-        _report_step(job, progress, result, rate, time.perf_counter() - started)
+        result = stepper.run(progress.step + 1, rate, lambda: stop_requested() or job.recorder.failed)
+        seconds = time.perf_counter() - started
+        _advance(progress, result, seconds)
+        job.recorder.step(_record(job, progress, result, rate, seconds, flops_per_token))
         if progress.skipped_in_a_row >= config.training.max_skipped_steps:
             raise SharedUserError(
                 f"the last {progress.skipped_in_a_row} steps, up to step {progress.step}, were not finite and were "
                 "skipped: training has diverged. Lower optimizer.learning_rate or model.memory.learning_rate, or "
-                "resume from an older checkpoint"
+                "resume from an older checkpoint (rename the newer ones)"
             )
         progress.stopped_early = result.stop_requested and progress.step < last_step
         ending = progress.stopped_early or progress.step == last_step
         finished = progress.step == config.training.steps  # measured at the end anyway
-        if config.evaluation.every and progress.step % config.evaluation.every == 0 and not finished:
+        due = config.evaluation.every and progress.step % config.evaluation.every == 0
+        if due and not finished and not progress.stopped_early:
             evaluate(job, progress)
         if ending or progress.step % config.checkpoint.every == 0:
             save(job, progress)
 
 
 def evaluate(job: Job, progress: Progress) -> HeldOutLoss:
-    """Measure held-out loss with and without memory reads, record and show it."""
+    """Measure held-out loss with and without memory reads; record it, show it, continue some prompts."""
     started = time.perf_counter()
     result = held_out_loss(job.model, job.held_out)
-    seconds = time.perf_counter() - started
-    if job.metrics is not None:
-        values = {
-            "evaluation/perplexity": perplexity(result.with_reads),
-            "evaluation/perplexity_without_reads": perplexity(result.without_reads),
-            "evaluation/seconds": seconds,
-        }
-        job.metrics.write(progress.step, values, always=True)
-    job.display.say(
-        f"held-out perplexity {perplexity(result.with_reads):.3f}, without memory reads "
-        f"{perplexity(result.without_reads):.3f}  ({result.tokens:,} tokens in {seconds:.0f} s)"
-    )
+    job.recorder.evaluation(progress.step, result, time.perf_counter() - started)
     return result
 
 
 def save(job: Job, progress: Progress) -> Path:
-    """Write a checkpoint of the current step."""
+    """Write a checkpoint of the current step. Raises SharedUserError when records or checkpoint can't be written."""
+    agree_on_errors(job.recorder.check, "recording the run")
     state = JobState(
         step=progress.step,
         tokens=progress.tokens,
@@ -133,26 +131,31 @@ def save(job: Job, progress: Progress) -> Path:
         data_cursor=job.loader.state_dict(),
         corpus=job.corpus,
         world_size=job.topology.world_size,
+        skipped_in_a_row=progress.skipped_in_a_row,
     )
     started = time.perf_counter()
-    path = job.store.save(job.engine, job.model, state)
-    job.display.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
+    path = job.store.save(state)
+    job.recorder.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
     return path
 
 
-def resume(job: Job, source: Path) -> Progress:
-    """Restore everything from a checkpoint."""
-    state = job.store.load(source, job.engine, job.model)
+def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """Restore everything from the newest whole checkpoint; returns it, or None if there is none."""
+    found = job.store.load(say)
+    if found is None:
+        return None
+    source, state = found
     if state.corpus != job.corpus:
         raise SharedUserError(
             f"{source} was trained on another corpus or tokenizer than data.directory holds for this configuration "
             "(another version of Python, say); give the same corpus, or another run_directory to begin anew"
         )
-    job.loader.load_state_dict(state.data_cursor)
-    return Progress(
+    agree_on_errors(lambda: job.loader.load_state_dict(state.data_cursor), f"placing the data cursor of {source}")
+    return source, Progress(
         step=state.step,
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
+        skipped_in_a_row=state.skipped_in_a_row,
         first_loss=state.first_loss,
         recent_losses=state.recent_losses,
     )
@@ -171,20 +174,19 @@ def _advance(progress: Progress, result: StepResult, seconds: float) -> None:
         progress.recent_losses = [*progress.recent_losses, result.loss][-RECENT_STEPS:]
 
 
-def _report_step(job: Job, progress: Progress, result: StepResult, rate: float, seconds: float) -> None:
-    if job.metrics is not None:
-        values = {
-            "train/loss": result.loss,
-            "train/learning_rate": rate,
-            "train/gradient_norm": result.gradient_norm,
-            "train/tokens": progress.tokens,
-            "train/skipped_steps": progress.skipped_steps,
-            "time/tokens_per_second": result.tokens / seconds,
-            "time/step": seconds,
-            **{f"time/{part}": spent for part, spent in result.times.seconds.items()},
-            **result.memory,
-        }
-        job.metrics.write(progress.step, values)
+def _record(
+    job: Job, progress: Progress, result: StepResult, rate: float, seconds: float, flops_per_token: int
+) -> StepRecord:
     left = (job.config.training.steps - progress.step) * progress.seconds * result.tokens / progress.tokens_this_start
-    note = "" if result.applied else "not finite: step skipped, memories rolled back"
-    job.display.step(progress.step, result.loss, progress.tokens_per_second, left, note)
+    return StepRecord(
+        step=progress.step,
+        result=result,
+        learning_rate=rate,
+        seconds=seconds,
+        tokens=progress.tokens,
+        skipped_steps=progress.skipped_steps,
+        tokens_per_second=progress.tokens_per_second,
+        seconds_left=left,
+        flops_per_token=flops_per_token,
+        peak_flops=job.peak_flops,
+    )

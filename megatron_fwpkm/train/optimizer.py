@@ -1,42 +1,35 @@
-"""AdamW over the slow weights, its parameter groups and its learning-rate schedule."""
+"""AdamW over the slow weights and its parameter groups."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-_NOT_DECAYED = ("bias", "norm")
+from megatron_fwpkm.train.tables import table_parameters
+
+_NOT_DECAYED = ("bias", "ln", "norm")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warmup, then cosine decay; a function of the step alone, so that resuming needs no state."""
+def is_decayed(name: str) -> bool:
+    """Whether a parameter has weight decay: its name contains none of "bias", "ln" and "norm".
 
-    peak: float
-    warmup_steps: int
-    steps: int
-    final_fraction: float
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 1."""
-        if step <= self.warmup_steps:
-            return self.peak * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return self.peak * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
+    The rule of the paper's code, taken literally (docs/semantics.md, section H). It decays embeddings, the keys and
+    values of PKM layers, and the `A_log` and convolution of delta nets; it spares `dt_bias`, all biases and all norms.
+    Our names keep those three words exactly where that code's names have them.
+    """
+    return not any(word in name for word in _NOT_DECAYED)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: decayed, and those whose name contains "bias" or "norm", which are not."""
+    """Groups with and without weight decay of all parameters but the values of PKM layers (see train/tables.py)."""
+    tables = {id(values) for values in table_parameters(model).values()}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (kept if any(word in name for word in _NOT_DECAYED) else decayed).append(parameter)
+        if parameter.requires_grad and id(parameter) not in tables:
+            (decayed if is_decayed(name) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

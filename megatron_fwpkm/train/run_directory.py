@@ -2,9 +2,11 @@
 
 <run>/
     config.yaml        the resolved configuration
-    environment.json   versions of Python and libraries, number of processes
+    environment.json   what it runs on: see environment.py
+    logs/              train.log: rank 0's lines; rank_00000.log ...: each rank's warnings and tracebacks
     metrics.jsonl      one record per step or evaluation
     tensorboard/       event files
+    samples/           continued prompts, one file per evaluation
     checkpoints/       see checkpoint.py
     summary.json       result of the last finished evaluation
 """
@@ -12,16 +14,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_fwpkm.config import TrainConfig, UserError, differing_keys, to_yaml
-from megatron_fwpkm.files import write_atomically
+from megatron_fwpkm.files import strict_json, write_atomically
 
 CHANGEABLE_ON_RESUME = (
     "logging",
@@ -30,10 +29,16 @@ CHANGEABLE_ON_RESUME = (
     "name",
     "run_directory",
     "training.stop_after_step",
+    "training.max_skipped_steps",
+    "data.workers",
+    "data.directory",
+    "data.corpus",
+    "data.cache",
+    "data.cache_gigabytes",
+    "data.processes",
     "parallel",
 )
 """Keys that don't touch what is computed, so that a run may go on with other values."""
-_LIBRARIES = ("torch", "deepspeed", "megatron-core", "mosaicml-streaming", "tokenizers", "safetensors", "numpy")
 
 
 def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:
@@ -72,7 +77,8 @@ def lock_run_directory(run_directory: Path) -> AbstractContextManager[None]:
     Raises UserError if another job has it, or it can't be written.
     """
     try:
-        run_directory.mkdir(parents=True, exist_ok=True)
+        for folder in ("checkpoints", "logs", "samples"):
+            (run_directory / folder).mkdir(parents=True, exist_ok=True)
         file = open(run_directory / ".lock", "w")  # noqa: SIM115 - held open by the context
     except OSError as error:
         raise UserError(f"cannot write to {run_directory}: {error.strerror}; give another run_directory") from error
@@ -86,25 +92,12 @@ def lock_run_directory(run_directory: Path) -> AbstractContextManager[None]:
     return _held(file)
 
 
-def write_description(run_directory: Path, config: TrainConfig, world_size: int) -> None:
+def write_description(run_directory: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
     """Write config.yaml and environment.json."""
     write_atomically(run_directory / "config.yaml", to_yaml(config))
-    environment = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processes": world_size,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-    }
-    write_atomically(run_directory / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_atomically(run_directory / "environment.json", strict_json(environment, indent=2) + "\n")
 
 
 def write_summary(run_directory: Path, values: dict[str, Any]) -> None:
     """Write summary.json."""
-    write_atomically(run_directory / "summary.json", json.dumps(values, indent=2) + "\n")
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    write_atomically(run_directory / "summary.json", strict_json(values, indent=2) + "\n")

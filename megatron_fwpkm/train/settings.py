@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_fwpkm.section import Section
 
@@ -16,18 +16,33 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(default=3e-3, gt=0.0)
     """Peak learning rate."""
+    pkm_values_learning_rate: float | None = Field(default=None, gt=0.0)
+    """Peak learning rate of the values of PKM layers, on the same schedule; null means that of the other parameters."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     epsilon: float = Field(default=1e-8, gt=0.0)
     """Term added to the denominator."""
     weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled weight decay; biases and norms have none."""
+    """Decoupled weight decay; parameters whose name contains "bias", "ln" or "norm" have none."""
     gradient_clipping: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Course of the learning rate: warmup and cosine decay, or warmup, stable phase and decay."""
     warmup_steps: int = Field(default=50, ge=0)
     """Steps of linear warmup."""
     final_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
     """Learning rate at the last step, as a share of the peak."""
+    wsd_decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of training.steps that the decay of schedule "wsd" takes, at the end."""
+    wsd_decay_shape: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """Shape of that decay: linear, or 1 - sqrt of its progress."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> OptimizerConfig:
+        for name in ("learning_rate", "pkm_values_learning_rate"):
+            if (getattr(self, name) or 0.0) * self.weight_decay >= 1.0:
+                raise ValueError(f"{name} ({getattr(self, name)}) x weight_decay ({self.weight_decay}) must be below 1")
+        return self
 
 
 class TrainingConfig(Section):
@@ -39,8 +54,10 @@ class TrainingConfig(Section):
     """Sequences per process and microbatch."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Microbatches per optimizer step."""
+    sliding_probability: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of steps, drawn by seed and step, in which full attention sees the sliding window only."""
     zero_stage: Literal[1] = 1
-    """ZeRO stage; only 1 is supported so far."""
+    """ZeRO stage; only 1 is supported (with 0, bf16 would train differently: DeepSpeed steps once at the start)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of slow weights and activations; fast state is fp32 always."""
     max_skipped_steps: int = Field(default=20, ge=1)
@@ -55,7 +72,7 @@ class CheckpointConfig(Section):
     every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest whole checkpoints to keep; damaged ones that were set aside are never deleted."""
 
 
 class LoggingConfig(Section):
@@ -63,3 +80,12 @@ class LoggingConfig(Section):
 
     every: int = Field(default=10, ge=1)
     """Steps between console lines and TensorBoard points; metrics.jsonl gets every step."""
+    peak_teraflops: float | None = Field(default=None, gt=0.0)
+    """Peak of one process's device for MFU, in 10^12 floating-point operations a second; null takes the published
+    dense bf16 peak of a known GPU, else what a matrix product measures at the start."""
+    samples: int = Field(default=4, ge=0, le=64)
+    """Held-out prompts that are continued greedily at each evaluation, into samples/; 0 means none."""
+    sample_prompt_tokens: int = Field(default=64, ge=1)
+    """Tokens of each prompt, from the beginning of a held-out sequence."""
+    sample_new_tokens: int = Field(default=48, ge=1)
+    """Tokens that continue each prompt."""

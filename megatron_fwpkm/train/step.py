@@ -1,19 +1,31 @@
-"""One optimizer step: microbatches, the engine's update, and the fate of what the memories wrote."""
+"""One optimizer step: microbatches, the engine's update, the tables' update, and the fate of what memories wrote."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Protocol
 
 import torch
 
-from megatron_fwpkm.data.streaming import TokenLoader
+from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
+from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.model.decoder import Decoder
-from megatron_fwpkm.parallel.topology import sum_over_ranks
+from megatron_fwpkm.parallel.topology import agree_on_errors, sum_over_ranks
+from megatron_fwpkm.train.engine import EngineBundle
+from megatron_fwpkm.train.optimizer import set_learning_rate
+from megatron_fwpkm.train.schedule import limits_attention
+from megatron_fwpkm.train.settings import TrainingConfig
+
+
+class Microbatches(Protocol):
+    """What a step reads from: a loader, or any iterator of microbatches."""
+
+    def __next__(self) -> TokenBatch: ...
 
 
 @dataclass
@@ -34,94 +46,182 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; loss and statistics are means over all ranks and microbatches, the same on all ranks."""
+    """What one step did; all but the times is the same on all ranks.
+
+    The loss is the mean over the counted labels of the global batch; statistics and histograms are means over all
+    ranks and microbatches.
+    """
 
     applied: bool
     """False if the step was not finite and was undone."""
     loss: float
     gradient_norm: float
+    """Global norm before clipping, the trained tables included; infinite where DeepSpeed found it not finite."""
     tokens: int
+    """Tokens read by all ranks."""
+    labels: int
+    """Labels of all ranks that count in the loss."""
+    limited_attention: bool
+    """Whether full attention was limited to the sliding window in this step."""
     stop_requested: bool
     memory: dict[str, float]
     """"memory/block_<i>/<name>" -> value."""
+    histograms: dict[str, list[float]]
+    """"memory/block_<i>/<name>" -> values, of statistics with more than one number."""
     times: StepTimes
 
 
 class Stepper:
-    """Makes optimizer steps on a DeepSpeed engine."""
+    """Makes optimizer steps.
 
-    def __init__(self, engine: Any, model: Decoder, loader: TokenLoader, accumulation: int, world_size: int) -> None:
-        self._engine = engine
+    Args:
+        bundle: engine and trained tables of the model
+        model: the decoder inside the engine
+        loader: gives this rank's next microbatch
+        training: accumulation and probability of limited attention
+        seed: of the draw that limits attention
+        world_size: number of ranks, each a replica
+    """
+
+    def __init__(
+        self,
+        bundle: EngineBundle,
+        model: Decoder,
+        loader: Microbatches,
+        *,
+        training: TrainingConfig,
+        seed: int,
+        world_size: int,
+    ) -> None:
+        self._engine, self._tables = bundle.engine, bundle.tables
         self._model = model
         self._loader = loader
-        self._accumulation = accumulation
+        self._training = training
+        self._seed = seed
         self._world_size = world_size
-        self._device: torch.device = engine.device
+        self._device: torch.device = bundle.engine.device
 
-    def run(self, stop_requested: bool) -> StepResult:
-        """Make one step. If loss, memory or gradients are not finite on any rank, no rank's weights or memories change.
+    def run(self, step: int, learning_rate: float, stop_requested: Callable[[], bool]) -> StepResult:
+        """Make step `step` (from 1). If loss, memory or gradients are not finite on any rank, no rank changes anything.
 
-        `stop_requested` is this rank's; the result has whether any rank was asked.
+        `stop_requested` tells whether this rank was asked to stop, at the end of the step; the result whether any was.
+        Raises SharedUserError when the global batch has no counted label or a rank could not read its share; nothing
+        is changed then.
         """
         times = StepTimes()
+        batches, labels = self._read_batches(step, times)
+        limited = limits_attention(self._seed, step, self._training.sliding_probability)
+        set_learning_rate(self._engine.optimizer, learning_rate)
         states = [state for _, state in self._model.fast_states()]
+        self._tables.begin_step()
         for state in states:
             state.begin_step()
-        losses, statistics, tokens = [], [], 0
-        for _ in range(self._accumulation):
-            loss, memory, count = self._microbatch(times)
-            losses.append(loss)
-            statistics.append(memory)
-            tokens += count
-        applied = bool(self._engine.was_step_applied())
+        self._model.limit_full_attention = limited
+        try:
+            parts = [self._microbatch(batch, labels, times) for batch in batches]
+        finally:
+            self._model.limit_full_attention = False
+        applied, norm = bool(self._engine.was_step_applied()), self._engine.get_global_grad_norm()
+        norm = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64, device=self._device)
+        with times.measure("update"):
+            if applied:
+                self._tables.apply(learning_rate, norm)
+            else:
+                self._tables.discard()
         for state in states:
             if applied:
                 state.commit_step()
             else:
                 state.rollback_step()
-        names = list(statistics[0])
-        own = [
-            torch.stack(losses).mean(),
-            *(torch.stack([memory[name] for memory in statistics]).mean() for name in names),
-        ]
-        shared = torch.stack(
-            [value.double() for value in own]
-            + [torch.tensor(float(stop_requested), dtype=torch.float64, device=self._device)]
-        )
-        loss, *means, stops = (sum_over_ranks(shared) / self._world_size).tolist()
-        norm = self._engine.get_global_grad_norm()
+        loss, gradient_norm, stops, statistics = self._share(parts, norm, stop_requested())
         return StepResult(
             applied=applied,
             loss=loss,
-            gradient_norm=float(norm) if norm is not None else math.nan,
-            tokens=tokens * self._world_size,
+            gradient_norm=gradient_norm,
+            tokens=sum(batch.tokens_BT.numel() for batch in batches) * self._world_size,
+            labels=labels,
+            limited_attention=limited,
             stop_requested=stops > 0,
-            memory=dict(zip(names, means, strict=True)),
+            memory={name: values[0] for name, values in statistics.items() if len(values) == 1},
+            histograms={name: values for name, values in statistics.items() if len(values) > 1},
             times=times,
         )
 
-    def _microbatch(self, times: StepTimes) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    def _read_batches(self, step: int, times: StepTimes) -> tuple[list[TokenBatch], int]:
+        """This rank's microbatches, and the number of counted labels on all ranks together.
+
+        The one exchange before the forward passes: every gradient is divided by that number. It also tells of a rank
+        that could not read, so that the others don't wait for it.
+        """
+        batches: list[TokenBatch] = []
+        failure: Exception | None = None
         with times.measure("data"):
-            batch = next(self._loader).to(self._device)
+            try:
+                batches = [next(self._loader) for _ in range(self._training.gradient_accumulation)]
+            except Exception as error:
+                failure = error
+        own = sum(int((batch.labels_BT != IGNORED_LABEL).sum()) for batch in batches)
+        shared = torch.tensor([own, failure is not None], dtype=torch.float64, device=self._device)
+        labels, failures = sum_over_ranks(shared).tolist()
+
+        def confess() -> None:
+            if failure is not None:
+                raise failure
+
+        if failures:
+            agree_on_errors(confess, f"reading the data of step {step}")
+        if labels == 0:
+            raise SharedUserError(
+                f"step {step} has no label that counts in the loss: all labels of its global batch are ignored; check "
+                "the data, or raise training.micro_batch_size or training.gradient_accumulation"
+            )
+        return batches, int(labels)
+
+    def _microbatch(
+        self, batch: TokenBatch, labels: int, times: StepTimes
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward; the last one of a step updates. Returns its part of the step's loss, and statistics."""
+        batch = batch.to(self._device)
+        documents = {"documents_BT": batch.documents_BT, "positions_BT": batch.positions_BT}
+        given = {name: tensor for name, tensor in documents.items() if tensor is not None}
         with times.measure("forward"):
-            loss = self._engine(batch.tokens_BT, batch.labels_BT).mean()
+            loss = self._engine(batch.tokens_BT, batch.labels_BT, **given).sum() / labels
             memory = memory_statistics(self._model)
             # A write may be bad although this loss is not: the rows are read later. A factor of NaN makes the
             # gradients NaN, and the engine, which looks at the norm over all ranks, then skips the step on all.
-            finite = torch.stack([torch.isfinite(value) for value in (loss.detach(), *memory.values())]).all()
+            finite = torch.stack([torch.isfinite(value).all() for value in (loss.detach(), *memory.values())]).all()
             guarded = loss * torch.where(finite, 1.0, math.nan)
         with times.measure("backward"):
-            self._engine.backward(guarded)
+            # The engine averages gradients over the replicas and here does not divide by the accumulation: what is
+            # left is the gradient of the sum over all counted labels, divided by their number.
+            self._engine.backward(guarded * self._world_size, scale_wrt_gas=False)
         with times.measure("update"):
             self._engine.step()
-        return loss.detach(), memory, batch.tokens_BT.numel()
+        return loss.detach(), memory
+
+    def _share(
+        self, parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], norm: torch.Tensor, stop_requested: bool
+    ) -> tuple[float, float, float, dict[str, list[float]]]:
+        """Loss, gradient norm, ranks asked to stop and statistics, over all ranks, in one exchange and one reading."""
+        losses, memories = zip(*parts, strict=True)
+        names = list(memories[0])
+        sizes = [memories[0][name].numel() for name in names]
+        means = torch.stack(
+            [torch.cat([norm.view(1), *(memory[name].flatten().double() for name in names)]) for memory in memories]
+        ).mean(0)
+        total = torch.stack(losses).double().sum()
+        stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=self._device)
+        shared = sum_over_ranks(torch.cat([total.view(1), stop, means / self._world_size])).tolist()
+        loss, stops, gradient_norm, *numbers = shared
+        remaining = iter(numbers)
+        statistics = {name: list(islice(remaining, size)) for name, size in zip(names, sizes, strict=True)}
+        return loss, gradient_norm, stops, statistics
 
 
 def memory_statistics(model: Decoder) -> dict[str, torch.Tensor]:
-    """Scalar statistics of the last forward pass of every memory layer, by tag."""
+    """Statistics of the last forward pass of every memory layer, by tag: single numbers and histograms."""
     return {
         f"memory/block_{index}/{name}": value.detach().float()
         for index, layer in model.memory_layers()
         for name, value in sorted(layer.statistics().items())
-        if value.numel() == 1
     }

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fwpkm.config import UserError, differing_keys, load_data_config, load_train_config, to_yaml
+from megatron_fwpkm.config import (
+    UserError,
+    differing_keys,
+    load_data_config,
+    load_model_config,
+    load_train_config,
+    to_yaml,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NANO = CONFIGS / "train" / "nano.yaml"
@@ -17,6 +24,8 @@ def test_presets_load() -> None:
         load_train_config(path)
     for path in sorted((CONFIGS / "data").glob("*.yaml")):
         load_data_config(path)
+    for path in sorted((CONFIGS / "model").glob("*.yaml")):
+        load_model_config(path)
 
 
 def test_sections_come_from_included_files_and_own_keys_win(tmp_path: Path) -> None:
@@ -26,12 +35,22 @@ def test_sections_come_from_included_files_and_own_keys_win(tmp_path: Path) -> N
     assert (config.model.hidden_size, config.model.layers, config.seed) == (64, 5, 7)
 
 
+def test_a_file_builds_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "common.yaml").write_text(
+        "hidden_size: 64\nlayers: 3\nmemory_layers: [0, 1]\nmemory: {heads: 2, topk: 4}\n"
+    )
+    (tmp_path / "model.yaml").write_text("base: common.yaml\nlayers: 5\nmemory_layers: [2]\nmemory: {topk: 2}\n")
+    config = load_model_config(tmp_path / "model.yaml", ["mlp_size=9"])
+    assert (config.hidden_size, config.layers, config.memory_layers, config.mlp_size) == (64, 5, (2,), 9)
+    assert (config.memory.heads, config.memory.topk) == (2, 2)
+
+
 def test_overrides_come_last() -> None:
-    overrides = ["training.steps=77", "model.memory_layers=[0,3]", "model.window=null", "name=other"]
+    overrides = ["training.steps=77", "model.memory_layers=[0,3]", "model.rope_scaling=null", "name=other"]
     config = load_train_config(NANO, overrides)
     assert config.training.steps == 77
     assert config.model.memory_layers == (0, 3)
-    assert config.model.window is None
+    assert config.model.rope_scaling is None
     assert config.name == "other"
 
 
@@ -56,10 +75,24 @@ def test_yaml_of_a_config_loads_to_the_same_config(tmp_path: Path) -> None:
         ("model.key_value_heads=2", "multiple of key_value_heads"),
         ("model.memory_layers=[9]", "memory_layers"),
         ("model.rotary_fraction=0.3", "even width"),
+        ("model.window=null", "model.window"),
+        ("model.mixers=[attention]", "model.mixers"),
+        ("model.mixers=[]", "mixers must name at least one"),
+        ("model.delta_net.key_heads=3", "multiple of key_heads"),
+        ("model.delta_net.heads=3", "did you mean `model.delta_net."),
+        ("model.pkm_layers=[4]", "pkm_layers"),
+        ("model.rope_scaling={factor: 0.5, original_length: 64}", "at least 1"),
+        ("model.rope_scaling={factor: 2}", "model.rope_scaling.original_length"),
         ("optimizer.warmup_steps=100000", "warmup_steps"),
         ("evaluation.sequences=1", "evaluation.sequences"),
         ("data.source=web", "data.source"),
         ("model.memory.topk=0", "topk"),
+        (f"seed={2**63}", "seed: Input should be less than or equal to 9223372036854775807"),
+        (f"data.shuffle_seed={2**63}", "data.shuffle_seed (9223372036854775808) must be at most"),
+        (f"evaluation.needles.seed={2**63}", "evaluation.needles.seed"),
+        ("training.steps=???", "override 'training.steps=???': ??? stands for a missing value"),
+        ("model.memory={topk: '???'}", "??? stands for a missing value"),
+        ("model.memory.reset=per_document", "set data.documents=separate"),
     ],
 )
 def test_mistakes_give_one_clear_message(override: str, expected: str) -> None:
@@ -67,6 +100,15 @@ def test_mistakes_give_one_clear_message(override: str, expected: str) -> None:
         load_train_config(NANO, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_resetting_per_document_is_possible_where_documents_are_known() -> None:
+    reset = "model.memory.reset=per_document"
+    largest = f"seed={2**63 - 1}"
+    assert load_train_config(NANO, [reset, "data.documents=separate", largest]).seed == 2**63 - 1
+    assert load_train_config(NANO, [reset, "model.memory_layers=[]"]).data.documents == "joined"
+    with pytest.raises(UserError, match=r"model\.memory\.reset=per_sequence"):
+        load_train_config(NANO.with_name("recall.yaml"), [reset])
 
 
 def test_unknown_key_in_a_file_names_file_and_nearest_key(tmp_path: Path) -> None:
@@ -80,9 +122,13 @@ def test_unknown_key_in_a_file_names_file_and_nearest_key(tmp_path: Path) -> Non
     [
         ("a: [", "not valid YAML"),
         ("- 1\n- 2\n", "expected a mapping"),
+        ("5\n", "job.yaml: expected a mapping"),
         ("include: [a]\n", "include"),
         ("include: {model: job.yaml}\n", "includes itself"),
         ("include: {model: missing.yaml}\n", "no configuration file"),
+        ("base: job.yaml\n", "includes itself"),
+        ("base: missing.yaml\n", "no configuration file"),
+        ("base: [a, b]\n", "`base` must name one"),
         ("name: ${nowhere}\n", "nowhere"),
     ],
 )

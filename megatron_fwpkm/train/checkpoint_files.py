@@ -1,0 +1,82 @@
+"""The files of a checkpoint: their sizes and hashes, and what is wrong with them. All ranks share the work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron_fwpkm.files import sync_path
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
+
+MANIFEST_FILE = "manifest.json"
+JOB_FILE = "job.json"
+
+
+def describe_files(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
+    """Force every file of a folder to the disk and return its size and SHA-256, on all ranks.
+
+    Call it when all ranks have written. Each rank reads its share of the files once.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    def describe(name: str) -> dict[str, Any]:
+        sync_path(folder / name)
+        return _describe(folder / name)
+
+    return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint"))
+
+
+def damage(folder: Path, topology: Topology) -> list[str]:
+    """What is wrong with a checkpoint, one phrase for each damaged file; the same on all ranks, empty if whole."""
+    wanted: dict[str, Any] = {}
+    own: list[str] = []
+    try:
+        wanted = json.loads((folder / MANIFEST_FILE).read_text())
+        if not isinstance(wanted, dict) or JOB_FILE not in wanted:  # it would vouch for files that it doesn't name
+            own = [f"{MANIFEST_FILE} is no list of a checkpoint's files"]
+    except FileNotFoundError:
+        own = [f"{MANIFEST_FILE} is missing"]
+    except (OSError, ValueError) as error:
+        own = [f"{MANIFEST_FILE} cannot be read: {error}"]
+    # What one rank can't read none goes on with: the shares below come from the manifest.
+    unreadable: list[list[str]] = [[] for _ in range(topology.world_size)]
+    torch.distributed.all_gather_object(unreadable, own)
+    found = next((phrases for phrases in unreadable if phrases), [])
+    if found:
+        return found
+    phrases = _shared(sorted(wanted), topology, lambda name: compare_file(folder, name, wanted[name]), "verifying")
+    return [phrase for phrase in phrases if phrase]
+
+
+def _shared(names: Sequence[str], topology: Topology, action: Callable[[str], Any], what: str) -> list[Any]:
+    """Results of `action` for every name, each made on one rank."""
+    own = agree_on_errors(lambda: [action(name) for name in names[topology.rank :: topology.world_size]], what)
+    parts: list[list[Any]] = [[] for _ in range(topology.world_size)]
+    torch.distributed.all_gather_object(parts, own)
+    return [item for part in parts for item in part]
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def compare_file(folder: Path, name: str, wanted: Any) -> str | None:
+    """What is wrong with one file of a checkpoint, by its entry in the manifest; None if it is whole."""
+    path = folder / name
+    try:
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {wanted['bytes']:,}"
+        if _describe(path) != wanted:
+            return f"the content of {name} doesn't match its hash"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, KeyError, TypeError) as error:
+        return f"{name} cannot be read: {error}"
+    return None

@@ -1,0 +1,44 @@
+"""Joining processes, and errors that all ranks hear of; more ranks in tests/distributed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed
+
+from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
+from megatron_fwpkm.parallel import topology
+
+
+def test_wrong_number_of_processes_is_refused_before_any_rank_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SharedUserError, match=r"3 processes .* parallel\.tensor=2; start a multiple of 2"):
+        topology.initialize(2, 30)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_errors_say_what_the_user_can_mend(one_rank: None) -> None:
+    assert topology.agree_on_errors(lambda: 7, "counting") == 7
+    assert topology.on_leader(lambda: 8, "counting") == 8
+    with pytest.raises(SharedUserError, match=r"^give another$"):
+        topology.agree_on_errors(lambda: _raise(UserError("give another")), "reading")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+    with pytest.raises(SharedUserError, match=r"no space left on the disk while writing \(/disk/file\); free some"):
+        topology.on_leader(lambda: _raise(full), "writing")
+    with pytest.raises(RankFailedError, match="reading failed on rank 0: KeyError: 'a'") as caught:
+        topology.agree_on_errors(lambda: _raise(KeyError("a")), "reading")
+    assert caught.value.rank == 0 and isinstance(caught.value.__cause__, KeyError)
