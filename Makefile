@@ -21,7 +21,7 @@ TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
 UNIT_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2}
 DISTRIBUTED_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1}
 
-.PHONY: help setup doctor train test test-unit test-distributed lint format bench verify clean clean-all
+.PHONY: help setup doctor train recall test test-unit test-distributed lint format bench verify clean clean-all
 
 help: ## List the targets and variables
 	@awk 'BEGIN { FS = ":.*## "; print "Usage: make TARGET [VARIABLE=value ...]\n\nTargets" } \
@@ -31,7 +31,7 @@ help: ## List the targets and variables
 	    PYTHON 'interpreter for .venv, 3.11 to 3.13 (default: python3)' \
 	    EXTRAS 'extras to install: dev (default), or dev,gpu on a machine with NVIDIA GPUs' \
 	    PIP_ARGS 'further options for pip, such as an index with builds of torch for your machine' \
-	    ARGS 'options for the command behind a target: make train ARGS="--help"'
+	    ARGS 'options for the command behind a target: make train ARGS="training.steps=100"'
 
 setup: ## Make .venv with the pinned packages (again only when the pins change)
 	@./.ci/setup
@@ -41,8 +41,21 @@ doctor: ## Say what works on this machine, what is missing and how to mend it
 	@if [[ -x $(VENV_PYTHON) ]]; then python=$(VENV_PYTHON); else python="$${PYTHON:-python3}"; fi; \
 	    "$$python" launch/doctor.py $(ARGS)
 
-train: setup ## Train the smallest preset on this machine; other presets: ARGS="--config ..."
+# The main job trains nano and its plain twin and compares them; key.sub=value in ARGS goes to both, but what gives the
+# twin a memory. Options or another run directory ask for something else: then launch/train.py alone gets them.
+train: setup ## Train nano and its plain twin, then measure both; another preset alone: ARGS="--config ..."
+ifeq (,$(filter --% run_directory=% name=%,$(ARGS)))
 	$(VENV_PYTHON) launch/train.py --config configs/train/nano.yaml $(ARGS)
+	$(VENV_PYTHON) launch/train.py --config configs/train/nano-plain.yaml $(filter-out model.memory_layers=%,$(ARGS))
+	$(VENV_PYTHON) launch/evaluate.py --run runs/nano --against runs/nano-plain
+else
+	$(VENV_PYTHON) launch/train.py --config configs/train/nano.yaml $(ARGS)
+endif
+
+recall: setup ## Train the recall run and its twin without memory, and measure what they recall (docs/recall.md)
+	$(VENV_PYTHON) launch/train.py --config configs/train/recall.yaml
+	$(VENV_PYTHON) launch/train.py --config configs/train/recall-plain.yaml
+	$(VENV_PYTHON) launch/recall.py --run runs/recall --against runs/recall-plain $(ARGS)
 
 test: test-unit test-distributed ## Run all tests: those in one process, then the distributed ones one by one
 
@@ -67,8 +80,8 @@ bench: setup ## Time the memory layer; writes build/bench/memory_layer.json
 	@mkdir -p build/bench
 	$(VENV_PYTHON) launch/bench_memory.py $(ARGS)
 
-verify: setup ## Compare the memory layer with the golden cases of the reference
-	$(VENV_PYTHON) launch/verify.py --cases tests/golden $(ARGS)
+verify: setup ## Compare memory layer and whole models with the golden cases of the reference
+	$(VENV_PYTHON) launch/verify.py --cases tests/golden --cases tests/golden_model $(ARGS)
 
 clean: ## Remove build outputs and caches; runs/, data/ and .venv stay
 	rm -rf build .hypothesis ./*.egg-info

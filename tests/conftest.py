@@ -55,12 +55,13 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def process_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def process_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A temporary folder of its own (TMPDIR) for the processes of one test; whatever they leave behind is removed.
 
     Data loaders keep lock files in TMPDIR and segments in shared memory under names that the next test would meet.
     Tests marked `distributed` get it without asking.
     """
+    tmp_path_factory.getbasetemp()  # made now: later it would lie in this test's folder
     # Not tmp_path: sockets in it may have paths of at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="fwpkm-"))
     monkeypatch.setenv("TMPDIR", str(folder))

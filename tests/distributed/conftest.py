@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 300
 
 TINY = """
 name: tiny
@@ -30,7 +34,13 @@ model:
   window: 16
   memory_layers: [1]
   memory: {heads: 2, topk: 4, n_subkeys: 16, k_dim: 16, v_dim: 16, chunk_size: 16}
-data: {directory: DATA, vocab_size: 300, sequence_length: 64, validation_fraction: 0.2, max_documents: 12}
+data:
+  directory: DATA
+  vocab_size: 300
+  sequence_length: 64
+  validation_fraction: 0.2
+  test_fraction: 0.1
+  max_documents: 40
 optimizer: {learning_rate: 1.0e-2, warmup_steps: 2}
 training: {steps: 6, micro_batch_size: 2, gradient_accumulation: 2}
 evaluation: {sequences: 8}
@@ -38,6 +48,20 @@ checkpoint: {every: 2, keep: 2}
 logging: {every: 1}
 parallel: {processes: 2, timeout_seconds: 60}
 """
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    """Wait until something holds; fails when the process ends before."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        if process.poll() is not None:
+            assert process.stdout is not None
+            raise AssertionError(f"ended before {what}: {process.stdout.read()}")
+        assert time.monotonic() < deadline, f"no {what} in 240 s"
+        time.sleep(0.01)
+
+
+WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
 
 
 class TinyJob:
@@ -70,6 +94,25 @@ class TinyJob:
         self.started.append(process)
         return process
 
+    def torchrun(self, *overrides: str) -> subprocess.Popen[str]:
+        """Start launch/train.py under plain torchrun."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        return self.start(*launcher, *self.command(*overrides)[1:])
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
+        """Wait until the job has recorded a step."""
+        wait_for(lambda: len(self.records()) >= step, process, f"step {step}")
+
+    def ranks(self, process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+        """The processes of a started job by rank."""
+        found = {}
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                parent = child.parent()
+                if "RANK" in child.environ() and parent is not None and "RANK" not in parent.environ():
+                    found[int(child.environ()["RANK"])] = child  # not its helpers
+        return found
+
     def train(self, *overrides: str, expected: int = 0) -> str:
         """Run launch/train.py to its end; returns what it printed."""
         process = self.start(*self.command(*overrides))
@@ -89,7 +132,19 @@ class TinyJob:
     def records(self, run: str = "run") -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
         path = self.folder / run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def begin_from(self, whole: TinyJob, *steps: int, folder: Path | None = None) -> Path:
+        """Copy another job's run directory with these of its checkpoints; returns the checkpoints folder."""
+        run = folder or self.folder / "run"
+        shutil.copytree(whole.folder / "run", run)
+        checkpoints = run / "checkpoints"
+        for path in checkpoints.glob("step_*"):
+            if int(path.name.removeprefix("step_")) not in steps:
+                shutil.rmtree(path)
+        (checkpoints / "latest").write_text(f"step_{max(steps):08d}\n")
+        return checkpoints
 
     def end(self) -> None:
         """Kill whatever still runs."""
@@ -113,3 +168,27 @@ def tiny_job(tmp_path: Path, tiny_data: Path) -> Iterator[TinyJob]:
     job = TinyJob(tmp_path, tiny_data)
     yield job
     job.end()
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[TinyJob]:
+    """A job of 24 steps that was never interrupted: what others are compared with."""
+    job = TinyJob(tmp_path_factory.mktemp("whole"), tiny_data)
+    output = job.train(*WHOLE)
+    assert "training loss" in output and "held-out perplexity" in output
+    yield job
+    job.end()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,22 +1,27 @@
-"""Jobs that meet damage: flipped bytes, other jobs, killed launchers, diverged memories. One message, no hang."""
+"""Jobs that meet damage: flipped bytes, full disks, other jobs, killed launchers, diverged memories."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from megatron_fwpkm.train.checkpoint import MANIFEST_FILE, _describe_files
-
 if TYPE_CHECKING:
     from .conftest import TinyJob
 
 pytestmark = pytest.mark.distributed
+FAULTY = str(Path(__file__).parent / "workers" / "faulty_job.py")
+# Few lines: nobody reads the pipe while the job runs.
+ENDLESS = ("training.steps=100000", "checkpoint.every=100000", "logging.every=100000")
+WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
 
 
 def _flip(path: Path) -> None:
@@ -25,43 +30,90 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def _refused(job: TinyJob, words: str, *overrides: str) -> None:
+def _refused(job: TinyJob, words: str, *overrides: str) -> str:
     output = job.train(*overrides, expected=2)
-    assert words in output and "Traceback" not in output, output
+    assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
+    return output
 
 
-def test_damaged_checkpoints_are_refused_and_older_ones_serve(tiny_job: TinyJob) -> None:
-    tiny_job.train("training.stop_after_step=4")
-    checkpoints = tiny_job.folder / "run" / "checkpoints"
-    newest = checkpoints / "step_00000004"
-    weights = newest / "slow" / "mp_rank_00_model_states.pt"
-    _flip(weights)
-    _refused(tiny_job, "step_00000004 is damaged (slow/mp_rank_00_model_states.pt)")
-    _flip(weights)
-    description = json.loads((newest / "job.json").read_text())
-    description["corpus"]["tokenizer"] = "0"
-    (newest / "job.json").write_text(json.dumps(description))
-    (newest / MANIFEST_FILE).write_text(json.dumps(_describe_files(newest)))
-    _refused(tiny_job, "another corpus or tokenizer")
-    (newest / MANIFEST_FILE).unlink()  # as half of a deletion would leave it: not a checkpoint any more
-    output = tiny_job.train("training.stop_after_step=4")
-    assert "step_00000002" in output and (newest / MANIFEST_FILE).is_file()
+def test_damaged_checkpoints_are_set_aside_and_older_ones_serve(tiny_job: TinyJob, whole_run: TinyJob) -> None:
+    checkpoints = tiny_job.begin_from(whole_run, 20, 24)
+    same = (*WHOLE, "checkpoint.keep=1")
+    older, newest = checkpoints / "step_00000020", checkpoints / "step_00000024"
+    weights = Path("slow", "mp_rank_00_model_states.pt")
+    _flip(newest / weights)
+    (older / "job.json").rename(checkpoints / "kept")
+    (checkpoints / ".step_00000028.partial").mkdir()  # killed while saving
+    message = _refused(tiny_job, "no checkpoint in", *same)
+    assert f"step_00000024 (the content of {weights} doesn't match its hash)" in message
+    assert "step_00000020 (job.json is missing)" in message
+
+    (checkpoints / "kept").rename(older / "job.json")
+    (checkpoints / "latest").unlink()  # killed between the rename and the pointer: the newest whole one counts
+    output = tiny_job.train(*same)
+    assert f"checkpoint step_00000024 is damaged (the content of {weights} doesn't match its hash)" in output
+    assert "renamed to damaged_step_00000024, going on from step_00000020" in output
+    names = ["damaged_step_00000024", "latest", "step_00000024"]  # of whole ones the newest is kept, as asked
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    losses = [record.get("train/loss") for record in whole_run.records()]
+    assert [record.get("train/loss") for record in tiny_job.records()] == losses
 
 
-def test_damaged_shard_is_found_before_anything_starts(tiny_job: TinyJob, tmp_path: Path) -> None:
-    data = f"data.directory={tmp_path / 'data'}"
-    tiny_job.train("training.stop_after_step=2", data)
-    shard = next((tmp_path / "data").glob("*/validation/shard.00000.mds.zstd"))
+def _fill(disk: Path, leave: int) -> Path:
+    """Leave so many bytes of a disk, up to what others write meanwhile."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while (free := shutil.disk_usage(disk).free) > leave:
+            file.write(b"x" * (free - leave))
+    return filler
+
+
+def test_full_disk_ends_the_job_and_freed_it_goes_on(tiny_job: TinyJob, whole_run: TinyJob, small_disk: Path) -> None:
+    here = f"run_directory={small_disk / 'run'}"
+    checkpoints = tiny_job.begin_from(whole_run, 4, folder=small_disk / "run")
+
+    # Full while DeepSpeed writes, on the ranks that come last: the others must not wait for them.
+    filler = _fill(small_disk, leave=300_000)
+    process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), "no-estimate", *WHOLE, here)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert output.count("error: ") == 1 and "no space left on the disk while writing a checkpoint" in output, output
+    assert "Traceback" not in output
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004"]
+
+    # Full while a job runs: metrics, logs or the next checkpoint meet it first.
+    filler.unlink()
+    log = small_disk / "run" / "logs" / "train.log"
+    before = log.read_text().count("step 5/24")
+    process = tiny_job.start(*tiny_job.command("training.steps=24", "checkpoint.every=1000", here))
+    while log.read_text().count("step 5/24") == before:
+        assert process.poll() is None
+    filler = _fill(small_disk, leave=0)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("error: ") == 1 and "no space left" in output and "Traceback" not in output, output
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004"]
+
+    filler.unlink()
+    output = tiny_job.train(*WHOLE, here)
+    assert "step 4" in output
+    losses = [record.get("train/loss") for record in whole_run.records()]
+    lines = (small_disk / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("train/loss") for line in lines] == losses
+
+
+def test_damaged_shard_is_found_before_anything_starts(tiny_job: TinyJob, whole_run: TinyJob, tiny_data: Path) -> None:
+    data = tiny_job.folder / "data"
+    shutil.copytree(tiny_data, data)
+    shard = next(data.glob("*/validation/*/shard.00000.mds.zstd"))
     _flip(shard)
-    _refused(tiny_job, f"{shard} is damaged", data, f"run_directory={tmp_path / 'other'}")
+    _refused(tiny_job, f"{shard} is damaged", f"data.directory={data}")
 
 
 def test_second_job_on_a_run_directory_is_refused_and_orphans_end(tiny_job: TinyJob) -> None:
-    first = tiny_job.start(*tiny_job.command("training.steps=100000", "checkpoint.every=100000"))
-    metrics = tiny_job.folder / "run" / "metrics.jsonl"
-    while not metrics.exists():
-        assert first.poll() is None
-    _refused(tiny_job, "another job is running", "training.steps=100000", "checkpoint.every=100000")
+    first = tiny_job.start(*tiny_job.command(*ENDLESS))
+    tiny_job.wait_for_step(1, first)
+    _refused(tiny_job, "another job is running", *ENDLESS)
     assert first.poll() is None
     (launcher,) = psutil.Process(first.pid).children()
     workers = launcher.children()

@@ -34,10 +34,33 @@ def test_evaluation_changes_nothing(tiny_job: TinyJob) -> None:
     }
 
 
+def test_statistics_and_histograms_are_means_over_ranks_and_microbatches(tiny_job: TinyJob) -> None:
+    assert tiny_job.worker("step_checks.py", "statistics") == {
+        "microbatches": 4,
+        "names": ["gate_histogram", "reads_histogram"],
+        "sizes": [10, 16],
+        "tags": True,
+        "means": True,
+        "loss": True,
+        "labels": True,
+        "agreed": True,
+    }
+
+
 def test_ranks_read_disjoint_shares(tiny_job: TinyJob) -> None:
     found = tiny_job.worker("step_checks.py", "shares")
     assert found["sequences"] - 4 < found["read"] <= found["sequences"]
-    assert found["distinct"] == found["read"]
+    assert found["surplus"] == 0  # none more often than the corpus has it
+
+
+def test_further_parts_are_saved_and_a_failed_one_leaves_nothing_half(tiny_job: TinyJob) -> None:
+    assert tiny_job.worker("step_checks.py", "parts") == {
+        "failed": "1: failed while writing a checkpoint: OSError: can't write",
+        "names": ["latest", "step_00000001"],
+        "said": [],
+        "restored": True,
+        "same": True,
+    }
 
 
 def test_megatron_layers_equal_plain_ones(tiny_job: TinyJob) -> None:

@@ -1,9 +1,11 @@
-"""Whole training jobs of two processes: resuming, stopping, ending, failing."""
+"""Whole training jobs of two processes: resuming, stopping, starting under other launchers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from .conftest import TinyJob
 
 pytestmark = pytest.mark.distributed
+WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
+ENDLESS = ("training.steps=100000", "checkpoint.every=100000", "logging.every=100000")
 
 
 def _steps(records: list[dict[str, Any]]) -> list[tuple[float, ...]]:
@@ -47,79 +51,127 @@ def _assert_same_checkpoint(one: Path, other: Path) -> None:
         assert value is None or torch.equal(value, others[key]), key
 
 
-def _wait_for(condition: Any, process: Any, what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, f"ended before {what}: {process.stdout.read()}"
-        assert time.monotonic() < deadline, f"no {what} in 120 s"
-        time.sleep(0.05)
-
-
 def _left_behind() -> list[str]:
     return [path.name for path in Path(tempfile.gettempdir()).glob("fwpkm-job-*")]
 
 
-def test_resumed_run_is_bitwise_the_uninterrupted_one(tiny_job: TinyJob) -> None:
-    whole = f"run_directory={tiny_job.folder / 'whole'}"
-    output = tiny_job.train(whole)
-    assert "training loss" in output and "held-out perplexity" in output
-    assert "stopped after step 3" in tiny_job.train("training.stop_after_step=3")
-    assert "step 3" in tiny_job.train()
-    expected, found = tiny_job.records("whole"), tiny_job.records()
-    assert len(_steps(expected)) == 6
+def _assert_ends_with_a_checkpoint(job: TinyJob) -> None:
+    last = int(_steps(job.records())[-1][0])
+    assert (job.folder / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
+    assert not _left_behind()
+
+
+def test_a_run_killed_at_any_step_continues_bitwise_with_other_workers(tiny_job: TinyJob, whole_run: TinyJob) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    step = random.Random(seed).randint(5, 16)
+    print(f"seed {seed}: killed after step {step}")
+    process = tiny_job.start(*tiny_job.command(*WHOLE))
+    tiny_job.wait_for_step(step, process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert len(everyone) >= 3
+    for child in [*everyone, psutil.Process(process.pid)]:
+        child.kill()
+    process.wait()
+    assert not (tiny_job.folder / "run" / "summary.json").exists()
+
+    output = tiny_job.train(*WHOLE, "data.workers=2")
+    assert "resumed from" in output
+    expected, found = whole_run.records(), tiny_job.records()
+    assert len(_steps(expected)) == 24
     assert _steps(found) == _steps(expected)
     assert _evaluations(found) == _evaluations(expected)
-    last = Path("checkpoints", "step_00000006")
-    _assert_same_checkpoint(tiny_job.folder / "whole" / last, tiny_job.folder / "run" / last)
+    last = Path("run", "checkpoints", "step_00000024")
+    _assert_same_checkpoint(whole_run.folder / last, tiny_job.folder / last)
     assert not _left_behind()
 
     # Once complete: nothing to train, measured again, the same result.
-    output = tiny_job.train()
+    output = tiny_job.train(*WHOLE)
     assert "final checkpoint" in output and "nothing left" in output
     assert _evaluations(tiny_job.records()) == _evaluations(expected) * 2
-    assert json.loads((tiny_job.folder / "run" / "summary.json").read_text())["step"] == 6
+    assert json.loads((tiny_job.folder / "run" / "summary.json").read_text())["step"] == 24
 
 
-def test_mistakes_end_with_one_line_and_status_2(tiny_job: TinyJob) -> None:
-    tiny_job.train("training.stop_after_step=2")
-    output = tiny_job.train("optimizer.learning_rate=0.5", expected=2)
-    assert "error: " in output and "optimizer.learning_rate" in output and "Traceback" not in output
-    output = tiny_job.train("training.micro_batch_size=500", "evaluation.sequences=1000", expected=2)
-    assert "sequences" in output and "Traceback" not in output
-    (tiny_job.folder / "file").write_text("")
-    output = tiny_job.train(f"run_directory={tiny_job.folder / 'file' / 'run'}", expected=2)
-    assert "run_directory" in output and "Traceback" not in output
-    output = tiny_job.train("parallel.processes=1", expected=2)
-    assert "parallel.processes" in output and "Traceback" not in output
+def test_the_run_directory_holds_what_it_promises(whole_run: TinyJob) -> None:
+    run = whole_run.folder / "run"
+    names = {"config.yaml", "environment.json", "logs", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
+    assert names | {"summary.json", ".lock"} == {path.name for path in run.iterdir()}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 2 and environment["peak_flops_per_process"] > 0
+    assert "launch/train.py" in environment["command"][0]
+    lines = (run / "logs" / "train.log").read_text().splitlines()
+    assert any("step 24/24" in line for line in lines) and all(line[:2] == "20" for line in lines)
+    for rank in (0, 1):
+        assert f"rank {rank} of 2" in (run / "logs" / f"rank_0000{rank}.log").read_text()
+    assert (run / "samples" / "step_00000024.txt").read_text().count(">>>") == 5  # the title and four prompts
+    record = whole_run.records()[3]
+    parts = ("data", "forward", "backward", "update", "other")
+    assert abs(sum(record[f"speed/{part}_seconds"] for part in parts) - record["speed/step_seconds"]) < 1e-6
+    assert 0 < record["speed/mfu"] < 1
+    saved = [f"step_{step:08d}" for step in range(4, 25, 4)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *saved]
+    replicas = [run / "checkpoints" / "step_00000024" / "fast_state" / f"replica_0000{replica}" for replica in (0, 1)]
+    one, other = ((replica / "block_001.safetensors").read_bytes() for replica in replicas)
+    assert one != other  # each replica has its own memory
 
 
-def test_memories_of_replicas_differ_and_both_are_saved(tiny_job: TinyJob) -> None:
-    tiny_job.train("training.stop_after_step=2")
-    folder = tiny_job.folder / "run" / "checkpoints" / "step_00000002" / "fast_state"
-    files = [folder / f"replica_0000{replica}" / "block_001.safetensors" for replica in (0, 1)]
-    assert files[0].read_bytes() != files[1].read_bytes()
+def test_mistakes_end_with_one_line_and_status_2(tiny_job: TinyJob, whole_run: TinyJob) -> None:
+    checkpoints = tiny_job.begin_from(whole_run, 20, 24)
+    for words, overrides in {
+        "optimizer.learning_rate": [*WHOLE, "optimizer.learning_rate=0.5"],
+        "parallel.processes": [*WHOLE, "parallel.processes=1"],
+        "sequences": [
+            "training.micro_batch_size=500",
+            "evaluation.sequences=1000",
+            f"run_directory={tiny_job.folder / 'new'}",
+        ],
+        "another run_directory": [f"run_directory={tiny_job.config / 'run'}"],
+    }.items():
+        _refused(tiny_job, words, *overrides)
+    # A checkpoint that is whole, but of another corpus: no damage, and no reason to go back to an older one.
+    newest = checkpoints / "step_00000024"
+    description = json.loads((newest / "job.json").read_text())
+    description["corpus"]["tokenizer"] = "0"
+    text = json.dumps(description).encode()
+    (newest / "job.json").write_bytes(text)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["job.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    _refused(tiny_job, "another corpus or tokenizer", *WHOLE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_ends_cleanly(tiny_job: TinyJob, number: signal.Signals) -> None:
-    process = tiny_job.start(*tiny_job.command("training.steps=100000", "checkpoint.every=100000"))
-    _wait_for(lambda: len(tiny_job.records()) >= 3, process, "third step")
-    process.send_signal(number)
+def _refused(job: TinyJob, words: str, *overrides: str) -> None:
+    output = job.train(*overrides, expected=2)
+    assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
+
+
+def test_mistakes_under_torchrun_are_told_once(tiny_job: TinyJob, whole_run: TinyJob) -> None:
+    tiny_job.begin_from(whole_run, 24)
+    for words, override in {
+        "did you mean `training.steps`?": "training.stepz=3",
+        "optimizer.learning_rate (0.01, 0.5)": "optimizer.learning_rate=0.5",
+    }.items():
+        process = tiny_job.torchrun(*WHOLE, override)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert output.count("error: ") == 1 and words in output, output
+
+
+def test_signal_saves_and_ends_cleanly_a_second_one_at_once(tiny_job: TinyJob) -> None:
+    process = tiny_job.start(*tiny_job.command(*ENDLESS))
+    tiny_job.wait_for_step(3, process)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "Traceback" not in output
-    last = _steps(tiny_job.records())[-1][0]
-    assert (tiny_job.folder / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{int(last):08d}"
-    assert not _left_behind()
+    assert "Traceback" not in output and "as asked" in output
+    _assert_ends_with_a_checkpoint(tiny_job)
 
-
-def test_second_signal_ends_all_processes_at_once(tiny_job: TinyJob) -> None:
-    process = tiny_job.start(*tiny_job.command("training.steps=100000", "checkpoint.every=100000"))
-    _wait_for(lambda: len(tiny_job.records()) >= 3, process, "third step")
+    process = tiny_job.start(*tiny_job.command(*ENDLESS))
+    before = len(tiny_job.records())
+    tiny_job.wait_for_step(before + 2, process)
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 3  # the launcher and two processes
-    process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(below, timeout=20)
     assert not alive
@@ -127,9 +179,8 @@ def test_second_signal_ends_all_processes_at_once(tiny_job: TinyJob) -> None:
 
 
 def test_killed_command_lets_the_processes_save_and_the_next_start_cleans_up(tiny_job: TinyJob) -> None:
-    overrides = ("training.steps=100000", "checkpoint.every=100000")
-    process = tiny_job.start(*tiny_job.command(*overrides))
-    _wait_for(lambda: len(tiny_job.records()) >= 3, process, "third step")
+    process = tiny_job.start(*tiny_job.command(*ENDLESS))
+    tiny_job.wait_for_step(3, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     latest = tiny_job.folder / "run" / "checkpoints" / "latest"
@@ -138,27 +189,25 @@ def test_killed_command_lets_the_processes_save_and_the_next_start_cleans_up(tin
         assert time.monotonic() < deadline, "no checkpoint after the command was killed"
         time.sleep(0.05)
     step = int(latest.read_text().strip().removeprefix("step_"))
-    output = tiny_job.train(*overrides, f"training.stop_after_step={step + 2}")
+    output = tiny_job.train(*ENDLESS, f"training.stop_after_step={step + 2}")
     assert f"step {step}" in output
     assert [int(row[0]) for row in _steps(tiny_job.records())] == list(range(1, step + 3))
 
 
-def test_kill_in_the_middle_of_saving_leaves_the_last_checkpoint(tiny_job: TinyJob) -> None:
-    tiny_job.train("training.stop_after_step=2")
-    checkpoints = tiny_job.folder / "run" / "checkpoints"
-    partial = checkpoints / ".step_00000004.partial"
-    partial.mkdir()
-    (partial / "job.json").write_text("{")
-    (checkpoints / "latest").unlink()  # killed between the rename and the pointer: the newest complete one counts
-    output = tiny_job.train("training.stop_after_step=4")
-    assert "step_00000002" in output
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+def test_under_torchrun_with_a_signal(tiny_job: TinyJob) -> None:
+    process = tiny_job.torchrun(*ENDLESS, "training.precision=bf16")
+    tiny_job.wait_for_step(3, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on, waits for 30 s, and ends with an error of its own
+    output, _ = process.communicate(timeout=60)
+    assert "as asked" in output
+    _assert_ends_with_a_checkpoint(tiny_job)
 
 
-def test_under_torchrun(tiny_job: TinyJob) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = tiny_job.start(*launcher, *tiny_job.command("training.stop_after_step=2", "training.precision=bf16")[1:])
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
-    assert len(_steps(tiny_job.records())) == 2
-    assert not _left_behind()
+def test_under_the_deepspeed_launcher_with_a_signal(tiny_job: TinyJob, free_port: int) -> None:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={free_port}"]
+    process = tiny_job.start(*launcher, *tiny_job.command(*ENDLESS)[1:])
+    tiny_job.wait_for_step(3, process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: runner, launcher and ranks get it, the ranks SIGTERM too
+    output, _ = process.communicate(timeout=60)
+    assert "as asked" in output, output
+    _assert_ends_with_a_checkpoint(tiny_job)

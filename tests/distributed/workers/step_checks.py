@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 
 from megatron_fwpkm.config import load_train_config
+from megatron_fwpkm.data.streaming import TokenLoader
+from megatron_fwpkm.data.token_stream import read_stream
+from megatron_fwpkm.errors import RankFailedError
 from megatron_fwpkm.evaluate.perplexity import held_out_loss
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.topology import sum_over_ranks
 from megatron_fwpkm.train import job as jobs
+from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState
+from megatron_fwpkm.train.job_data import open_data
 from megatron_fwpkm.train.loop import Job
 from megatron_fwpkm.train.step import Stepper
 
@@ -36,10 +44,21 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return everywhere(all(torch.equal(one, other) for one, other in zip(before, after, strict=True)))
 
 
+def make_stepper(job: Job) -> Stepper:
+    return Stepper(
+        job.engine_bundle,
+        job.model,
+        job.loader,
+        training=job.config.training,
+        seed=job.config.seed,
+        world_size=job.topology.world_size,
+    )
+
+
 def check_non_finite(job: Job, poison: str) -> dict[str, object]:
     """One rank's loss or gradient is NaN in one step: no rank's weights or memories may change in it."""
-    stepper = Stepper(job.engine, job.model, job.loader, 2, job.topology.world_size)
-    first = stepper.run(stop_requested=False)
+    stepper = make_stepper(job)
+    first = stepper.run(1, 1e-2, lambda: False)
     slow, fast = slow_weights(job), fast_weights(job)
     handle = None
     if job.topology.rank == 1:
@@ -49,11 +68,11 @@ def check_non_finite(job: Job, poison: str) -> dict[str, object]:
         else:
             weight = job.model.get_parameter("blocks.0.mlp.down.weight")
             handle = weight.register_hook(lambda gradient: gradient * math.inf)
-    bad = stepper.run(stop_requested=job.topology.rank == 1)
+    bad = stepper.run(2, 1e-2, lambda: job.topology.rank == 1)
     if handle is not None:
         handle.remove()
     unchanged = same(slow, slow_weights(job)) and same(fast, fast_weights(job))
-    good = stepper.run(stop_requested=False)
+    good = stepper.run(3, 1e-2, lambda: False)
     return {
         "applied": [first.applied, bad.applied, good.applied],
         "stop": [first.stop_requested, bad.stop_requested, good.stop_requested],
@@ -65,7 +84,7 @@ def check_non_finite(job: Job, poison: str) -> dict[str, object]:
 
 def check_evaluation(job: Job) -> dict[str, object]:
     """Measuring twice gives the same, and changes nothing."""
-    Stepper(job.engine, job.model, job.loader, 2, job.topology.world_size).run(stop_requested=False)
+    make_stepper(job).run(1, 1e-2, lambda: False)
     slow, fast = slow_weights(job), fast_weights(job)
     first, second = held_out_loss(job.model, job.held_out), held_out_loss(job.model, job.held_out)
     return {
@@ -78,28 +97,107 @@ def check_evaluation(job: Job) -> dict[str, object]:
     }
 
 
-def check_shares(job: Job) -> dict[str, object]:
+def check_statistics(job: Job) -> dict[str, object]:
+    """Loss, numbers and histograms are means over ranks and microbatches; the same on all ranks."""
+    (_, layer), *_ = job.model.memory_layers()
+    seen: list[dict[str, torch.Tensor]] = []
+    losses: list[float] = []
+    layer.register_forward_hook(lambda *_: seen.append(layer.statistics()))
+    job.model.register_forward_hook(lambda module, inputs, loss_BT: losses.append(float(loss_BT.detach().mean())))
+    result = make_stepper(job).run(1, 1e-2, lambda: False)
+    shared: list[Any] = [None] * job.topology.world_size
+    own = [{name: value.float().flatten().tolist() for name, value in memory.items()} for memory in seen]
+    torch.distributed.all_gather_object(shared, (own, losses, result.memory, result.histograms, result.loss))
+    microbatches = [memory for memories, *_ in shared for memory in memories]
+    reported = {**{name: [value] for name, value in result.memory.items()}, **result.histograms}
+    expected = {
+        f"memory/block_1/{name}": torch.tensor([memory[name] for memory in microbatches]).mean(0)
+        for name in microbatches[0]
+    }
+    mean_loss = torch.tensor([loss for _, losses, *_ in shared for loss in losses]).mean()
+    return {
+        "microbatches": len(microbatches),
+        "names": sorted(name.rpartition("/")[2] for name in result.histograms),
+        "sizes": sorted(len(values) for values in result.histograms.values()),
+        "tags": set(reported) == set(expected) and len(result.memory) > 5,
+        "means": all(torch.allclose(torch.tensor(reported[n]), v, rtol=1e-5) for n, v in expected.items()),
+        "loss": abs(result.loss - float(mean_loss)) < 1e-5,
+        "labels": result.labels == result.tokens == job.topology.world_size * 2 * 2 * 64,
+        "agreed": all(others[2:] == shared[0][2:] for others in shared),
+    }
+
+
+def check_shares(job: Job, corpus: Path) -> dict[str, object]:
     """In one epoch every sequence is read by one rank, but for those that fill no batch."""
-    sequences = job.loader._dataset.size
+    assert isinstance(job.loader, TokenLoader)
+    sequences = job.loader.sequences
     batches = sequences // job.topology.world_size // 2
     own = [tuple(row) for _ in range(batches) for row in next(job.loader).tokens_BT.tolist()]
     shares: list[list[tuple[int, ...]]] = [[] for _ in range(job.topology.world_size)]
     torch.distributed.all_gather_object(shares, own)
     rows = [row for share in shares for row in share]
-    return {"read": len(rows), "distinct": len(set(rows)), "sequences": sequences}
+    stream = read_stream(corpus, "train", 0, sequences * 64).tokens.reshape(sequences, 64).tolist()
+    surplus = Counter(rows) - Counter(map(tuple, stream))
+    return {"read": len(rows), "surplus": surplus.total(), "sequences": sequences}
+
+
+class CountingPart:
+    """State of a part of its own."""
+
+    def __init__(self, value: int, broken: bool = False) -> None:
+        self.value = value
+        self.broken = broken
+
+    def save(self, folder: Path) -> None:
+        if self.broken:
+            raise OSError("can't write")
+        (folder / f"rank_{torch.distributed.get_rank()}").write_text(str(self.value))
+
+    def load(self, folder: Path) -> None:
+        self.value = int((folder / f"rank_{torch.distributed.get_rank()}").read_text())
+
+
+def check_parts(job: Job) -> dict[str, object]:
+    """Further owners of state save and load themselves; one that fails on one rank leaves nothing half."""
+    rank, folder = job.topology.rank, Path(job.config.run_directory) / "checkpoints"
+    counter = CountingPart(10 + rank)
+    parts = {"slow_tables": counter}
+    store = CheckpointStore(folder, 2, job.topology, job.engine, job.model, parts)
+    state = JobState(1, 512, 0, None, [], job.loader.state_dict(), job.corpus, job.topology.world_size)
+    store.save(state)
+    counter.value, counter.broken = 0, rank == 1
+    failed = ""
+    try:
+        store.save(replace(state, step=2))
+    except RankFailedError as error:
+        failed = f"{error.rank}: {error.reason}"
+    torch.distributed.barrier()
+    names = sorted(path.name for path in folder.iterdir())
+    said: list[str] = []
+    found = store.load(said.append)
+    return {
+        "failed": failed,
+        "names": names,
+        "said": said,
+        "restored": everywhere(counter.value == 10 + rank),
+        "same": found is not None and found[1] == state,
+    }
 
 
 def main() -> None:
     config = load_train_config(Path(sys.argv[1]))
     ranks = topology.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
     with jobs._shared_scratch(ranks) as scratch:
-        corpus, manifest = jobs._prepare_in_turns(config, ranks, lambda line: None)
-        job = jobs._build(config, ranks, corpus, manifest, scratch)
+        data = open_data(config, ranks, scratch, lambda line: None)
+        assert data.tokenizer is not None
+        job, corpus = jobs._build(config, ranks, data), data.tokenizer.parent
         job.model.train()
         checks = {
             "non_finite": lambda: check_non_finite(job, sys.argv[3]),
             "evaluation": lambda: check_evaluation(job),
-            "shares": lambda: check_shares(job),
+            "statistics": lambda: check_statistics(job),
+            "shares": lambda: check_shares(job, corpus),
+            "parts": lambda: check_parts(job),
         }
         found = checks[sys.argv[2]]()
     topology.shut_down()

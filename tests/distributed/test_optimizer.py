@@ -1,0 +1,88 @@
+"""Optimizer, trained tables and steps under DeepSpeed ZeRO-1 on gloo ranks, in fp32 and bf16."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from .conftest import TinyJob
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = "optimizer_checks.py"
+
+
+def check_replicas(found: dict[str, Any], precision: str) -> None:
+    assert found["equal_at_start"] and found["equal_at_end"] and found["changed"]
+    assert found["applied"] == [True] * 5
+    assert min(found["norms"]) > 0.6  # the clipping at 0.3 acts in every step
+    assert len(set(found["labels"])) > 1  # different numbers of labels count in the steps
+    assert found["dtypes"] == ["torch.float32" if precision == "fp32" else "torch.bfloat16"]
+    assert found["master_dtypes"] == ["torch.float32"]
+    assert found["in_partitions"] == found["others"]
+    assert found["untouched"] > 0
+
+
+def test_two_replicas_equal_plain_torch_with_the_whole_batch(tiny_job: TinyJob, tmp_path: Path) -> None:
+    """Loss and gradient over all counted labels, global norm and clipping over everything, touched rows."""
+    found = tiny_job.worker(SCRIPT, "train", "fp32", str(tmp_path))
+    check_replicas(found, "fp32")
+    assert found["loss_error"] < 3e-6
+    assert found["norm_error"] < 3e-6
+    assert found["weight_error"] < 3e-6
+
+
+def test_two_replicas_equal_one_with_the_whole_batch_in_bf16(tiny_job: TinyJob, tmp_path: Path) -> None:
+    two = tiny_job.worker(SCRIPT, "train", "bf16", str(tmp_path))
+    one = tiny_job.worker(SCRIPT, "train", "bf16", str(tmp_path), processes=1)
+    check_replicas(two, "bf16")
+    assert one["labels"] == two["labels"]
+    assert one["losses"] == pytest.approx(two["losses"], abs=1e-2)
+    assert one["norms"] == pytest.approx(two["norms"], rel=1e-2)
+    left, right = (torch.load(tmp_path / f"bf16_{ranks}.pt") for ranks in (1, 2))
+    for name in left:
+        if "updates_N" not in name and "clock_N" not in name:  # rounding may move a read to another slot
+            moment = "moment" in name
+            assert float((left[name] - right[name]).norm() / left[name].norm()) < (0.25 if moment else 0.05), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_guards_resume_and_limited_attention(tiny_job: TinyJob, tmp_path: Path, precision: str) -> None:
+    found = tiny_job.worker(SCRIPT, "guards", precision, str(tmp_path / "saved"))
+    no_labels, damaged = found.pop("refusals")
+    assert all("step 2 has no label that counts" in message for message in no_labels)
+    assert damaged == ["the shard is damaged"] * 2
+    assert found == {
+        "skipped": [False, False],
+        "skipped_norms": ["inf", "inf"],
+        "unchanged": True,
+        "unchanged_by_refusal": True,
+        "applied_later": True,
+        "resumed": True,
+        "same_losses": True,
+        "stop": [False, True],
+        "draws_agree": True,
+        "draws_used": True,
+        "draws_replayed": True,
+        "documents": True,
+        "full_after": True,
+    }
+
+
+def test_a_bf16_job_trains_and_resumes_bitwise(tiny_job: TinyJob) -> None:
+    options = ["training.precision=bf16", "training.steps=4", "training.sliding_probability=0.5"]
+    tiny_job.train(*options)
+    first = {record["step"]: record for record in tiny_job.records() if "train/loss" in record}
+    assert list(first) == [1, 2, 3, 4] and first[4]["train/loss"] < first[1]["train/loss"]
+    assert all(0 < record["train/gradient_norm"] < 100 for record in first.values())
+    assert {record["train/limited_attention"] for record in first.values()} <= {0.0, 1.0}
+    shutil.rmtree(tiny_job.folder / "run" / "checkpoints" / "step_00000004")
+    assert "step 2" in tiny_job.train(*options)
+    again = {record["step"]: record for record in tiny_job.records() if "train/loss" in record}
+    same = [name for name in first[3] if not name.startswith("speed/")]
+    assert len(same) > 8 and all(first[step][name] == again[step][name] for step in (3, 4) for name in same)

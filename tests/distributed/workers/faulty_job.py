@@ -1,0 +1,63 @@
+"""A training job in which something breaks: starts itself like launch/train.py, with a fault built in on the way.
+
+faulty_job.py <configuration> <fault> [overrides]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_fwpkm.config import load_train_config
+from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
+from megatron_fwpkm.parallel.topology import started_by_launcher
+from megatron_fwpkm.train import checkpoint, peers
+from megatron_fwpkm.train.job import run_job
+from megatron_fwpkm.train.launcher import report_user_error, start_processes
+from megatron_fwpkm.train.step import Stepper
+
+
+def break_step(fault: str) -> None:
+    """Rank 1 raises in its third step, or rank 0 never ends it."""
+    microbatch = Stepper._microbatch
+    calls = []
+
+    def broken(self: Stepper, *arguments: Any) -> Any:
+        import torch.distributed
+
+        calls.append(1)
+        if len(calls) == 5 and fault == "raise" and torch.distributed.get_rank() == 1:
+            raise ValueError("built-in fault")
+        if len(calls) == 5 and fault == "hang" and torch.distributed.get_rank() == 0:
+            time.sleep(600)
+        return microbatch(self, *arguments)
+
+    Stepper._microbatch = broken  # type: ignore[method-assign, assignment]
+
+
+def main() -> int:
+    fault = sys.argv[2]
+    config = load_train_config(Path(sys.argv[1]), sys.argv[3:])
+    if not started_by_launcher():
+        try:
+            return start_processes(sys.argv, 2, Path(config.run_directory))
+        except (UserError, JobFailedError) as error:
+            print(f"error: {error}", flush=True)
+            return 2 if isinstance(error, UserError) else 1
+    if fault == "no-estimate":  # as if another program filled the disk after it was looked at
+        checkpoint.CheckpointStore._estimated_bytes = lambda self: 0  # type: ignore[method-assign]
+    else:
+        break_step(fault)
+    if fault == "hang":
+        peers.PeerWatch.__init__.__kwdefaults__ = {"grace_seconds": 2.0}
+    try:
+        run_job(config)
+    except SharedUserError as error:
+        return 0 if report_user_error(str(error)) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
