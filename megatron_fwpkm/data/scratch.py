@@ -59,8 +59,11 @@ def clean_abandoned() -> None:
             with (folder / _LOCK).open() as lock:
                 if _is_free(lock):
                     shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:
+            # A folder gets its name with the lock in it: this one is half removed, because something still wrote there.
+            shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # another user's, or just being removed
+            continue  # another user's
     for folder in Path(tempfile.gettempdir()).glob(f"{_NEW_PREFIX}*"):
         try:
             if time.time() - folder.stat().st_mtime > _NEW_SECONDS:

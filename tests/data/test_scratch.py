@@ -40,6 +40,13 @@ def test_only_dead_jobs_are_cleaned(machine: Path) -> None:
     assert not dead.exists() and living.exists()
 
 
+def test_a_half_removed_folder_is_cleaned(machine: Path) -> None:
+    """A process that still wrote into it may have kept its removal from ending, after the lock's file was gone."""
+    (machine / "fwpkm-job-half" / "shards").mkdir(parents=True)
+    scratch.clean_abandoned()
+    assert not list(machine.iterdir())
+
+
 def test_a_folder_just_being_made_is_not_cleaned(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another job cleans up between the making of the lock's file and the locking."""
     lock = fcntl.flock
