@@ -23,22 +23,19 @@ def main(
     from megatron_fwpkm.config import load_data_config
     from megatron_fwpkm.data.corpus import prepare_corpus
     from megatron_fwpkm.data.prepare import PreparationStopped
+    from megatron_fwpkm.terminal import print_line
 
     try:
         settings = load_data_config(config, overrides or [])
         if settings.recall is not None:
             raise UserError(f"{config}: source recall is drawn as it is read, there is nothing to prepare")
-        prepare_corpus(settings, seed, _say, processes)
+        prepare_corpus(settings, seed, print_line, processes)
     except PreparationStopped as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(128 + stopped.signal_number) from None
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Measure a trained run: perplexity with and without its memory, needles in haystacks, pictures, a summary."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,8 +9,6 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "launch":
     sys.path[0:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
 import typer  # noqa: E402
-
-from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,27 +24,15 @@ def main(
     """Evaluate. Under torchrun this is one process of the job; otherwise it starts one a core."""
     from megatron_fwpkm.evaluate.measure import Request, processes_to_start, run_evaluation
     from megatron_fwpkm.parallel.topology import started_by_launcher
-    from megatron_fwpkm.train.launcher import report_user_error, start_processes
+    from megatron_fwpkm.train.launcher import ending_with_a_status, start_processes
 
     request = Request(run, against, checkpoint, overrides or [])
-    try:
+    with ending_with_a_status():
         if started_by_launcher():
             run_evaluation(request)
             return
         # Without "--" torch.distributed.run would take --run for an option of its own.
-        status = start_processes(["--", *sys.argv], processes_to_start(request), run)
-    except UserError as error:
-        if isinstance(error, SharedUserError):
-            if report_user_error(str(error)):
-                return
-            if os.environ.get("RANK") != "0":
-                raise typer.Exit(2) from None
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except JobFailedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    raise typer.Exit(status if status >= 0 else 128 - status)
+        raise typer.Exit(start_processes(["--", *sys.argv], processes_to_start(request), run))
 
 
 if __name__ == "__main__":

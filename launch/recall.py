@@ -15,16 +15,16 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "launch":
 
 import torch  # noqa: E402
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from megatron_fwpkm.errors import UserError  # noqa: E402
 from megatron_fwpkm.evaluate.recall import LENGTHS, LONG_FILLER, READINGS, select  # noqa: E402
 from megatron_fwpkm.evaluate.recall_run import RecallReport, measure_recall_run  # noqa: E402
+from megatron_fwpkm.terminal import new_console, print_line  # noqa: E402
+from megatron_fwpkm.train.launcher import ending_with_a_status  # noqa: E402
 
 
 def _print(report: RecallReport, run: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = new_console()
     task = report.task
 
     def show(title: str, readings: int, cases: list[tuple[str, int, int]]) -> None:
@@ -61,11 +61,8 @@ def main(
 ) -> None:
     """Measure how much a run recalls, against its twin without memory."""
     torch.set_num_threads(1)  # small tensors gain nothing from more, and lose much where cores are busy
-    try:
-        report = measure_recall_run(run, against, answers, say=lambda line: print(line, flush=True))
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    with ending_with_a_status():
+        report = measure_recall_run(run, against, answers, say=print_line)
     _print(report, run)
 
 

@@ -1,6 +1,5 @@
 """Train a model: prepares data, starts the processes it needs, resumes by itself."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,8 +9,6 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "launch":
     sys.path[0:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
 import typer  # noqa: E402
-
-from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,14 +25,14 @@ def main(
     """Train. Under torchrun or the deepspeed launcher this is one process of the job; otherwise it starts them."""
     from megatron_fwpkm.config import load_train_config
     from megatron_fwpkm.parallel.topology import started_by_launcher
-    from megatron_fwpkm.train.launcher import report_user_error, start_processes
+    from megatron_fwpkm.train.launcher import ending_with_a_status, start_processes
 
-    try:
+    with ending_with_a_status():
         settings = load_train_config(config, overrides or [])
         if dry_run:
             _print_plan(settings)
             return
-        from megatron_fwpkm.train.display import print_line
+        from megatron_fwpkm.terminal import print_line
         from megatron_fwpkm.train.job import check_run_directory, run_job
         from megatron_fwpkm.train.job_data import prepare_data
 
@@ -45,22 +42,11 @@ def main(
         check_run_directory(settings)
         prepare_data(settings, report=print_line)
         status = start_processes(sys.argv, settings.parallel.processes, Path(settings.run_directory))
-    except UserError as error:
-        if isinstance(error, SharedUserError) and report_user_error(str(error)):
-            return
-        # Every rank of a launcher reads the same configuration, and each machine its own files.
-        telling = os.environ.get("RANK" if isinstance(error, SharedUserError) else "LOCAL_RANK", "0") == "0"
-        if telling:
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except JobFailedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    raise typer.Exit(status if status >= 0 else 128 - status)
+        raise typer.Exit(status)
 
 
 def _print_plan(settings: "TrainConfig") -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
-    from megatron_fwpkm.train.display import new_console
+    from megatron_fwpkm.terminal import new_console
     from megatron_fwpkm.train.dry_run import make_plan, print_plan
 
     print_plan(settings, make_plan(settings), new_console())

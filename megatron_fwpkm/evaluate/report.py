@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_fwpkm.config import TrainConfig
@@ -20,7 +18,7 @@ from megatron_fwpkm.evaluate.loading import TrainedRun
 from megatron_fwpkm.evaluate.pieces import Piece
 from megatron_fwpkm.evaluate.plan import NeedleRow, PositionRow, needle_rows, perplexities
 from megatron_fwpkm.evaluate.training_record import TrainingRecord, read_training
-from megatron_fwpkm.train.display import PLAIN_WIDTH, duration
+from megatron_fwpkm.terminal import ProgressBar, duration, new_console
 from megatron_fwpkm.train.run_directory import write_summary
 
 SUMMARY_FILE = "summary.json"
@@ -47,13 +45,8 @@ class Meter:
     """Progress on rank 0; on other ranks everything is silent."""
 
     def __init__(self, active: bool) -> None:
-        self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console = Console(quiet=not active, highlight=False, soft_wrap=True, width=PLAIN_WIDTH)
-        columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        terminal = active and self.console.is_terminal
-        self._progress = Progress(*columns, console=self.console) if terminal else None
-        self._task = self._progress.add_task("measuring", total=None) if self._progress else None
+        self.console = new_console(quiet=not active)
+        self._bar = ProgressBar(self.console, "measuring")
         self._next_line = 0.0
         self._started = time.perf_counter()
 
@@ -63,21 +56,18 @@ class Meter:
 
     def update(self, done: int, pieces: int) -> None:
         """Show that so many of so many pieces are done."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=pieces)
+        if self._bar.shown:
+            self._bar.update(done, total=pieces)
         elif done >= self._next_line * pieces:
             self._next_line = done / max(pieces, 1) + _PLAIN_SHARE
             self.say(f"measured {done}/{pieces} pieces  {duration(time.perf_counter() - self._started)}")
 
     def stop(self) -> None:
         """End the progress bar."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._bar.stop()
 
     def __enter__(self) -> Meter:
-        if self._progress is not None:
-            self._progress.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -45,6 +47,9 @@ class MegatronBackend:
     part: the model starts the same at every tensor-parallel size.
     """
 
+    _column_class: Callable[..., nn.Module] = _ColumnLinear
+    _row_class: Callable[..., nn.Module] = _RowLinear
+
     def __init__(self, initial_std: float, norm_epsilon: float) -> None:
         self._initial_std = initial_std
         self._norm_epsilon = norm_epsilon
@@ -56,6 +61,7 @@ class MegatronBackend:
             gradient_accumulation_fusion=False,
             async_tensor_model_parallel_allreduce=False,
         )
+        self._layer_config = self._config
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -66,21 +72,29 @@ class MegatronBackend:
         return nn.init.normal_(weight, std=self._initial_std)
 
     def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """ColumnParallelLinear that keeps its share of the output."""
-        return _ColumnLinear(
-            in_features, out_features, config=self._config, init_method=self._initialize, bias=bias, gather_output=False
+        """Column-parallel layer that keeps its share of the output."""
+        return self._column_class(
+            in_features,
+            out_features,
+            config=self._layer_config,
+            init_method=self._initialize,
+            bias=bias,
+            gather_output=False,
+            skip_bias_add=False,
+            is_expert=False,
         )
 
     def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """RowParallelLinear on an input that is split already."""
-        return _RowLinear(
+        """Row-parallel layer on an input that is split already."""
+        return self._row_class(
             in_features,
             out_features,
-            config=self._config,
+            config=self._layer_config,
             init_method=self._initialize,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
+            is_expert=False,
         )
 
     def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:

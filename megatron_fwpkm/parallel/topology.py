@@ -107,6 +107,9 @@ def _import_engine() -> tuple[Any, Any]:
     """DeepSpeed and Megatron's parallel_state, without their remarks on GPU libraries that a CPU machine lacks."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Megatron compiles functions for GPUs as it is imported; without one the compiler's own import, of seconds on
+        # a small machine, serves nothing.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed

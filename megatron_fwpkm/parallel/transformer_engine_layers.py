@@ -39,10 +39,13 @@ class TransformerEngineBackend(MegatronBackend):
     has no equal of them.
     """
 
+    _column_class = _ColumnLinear
+    _row_class = _RowLinear
+
     def __init__(self, initial_std: float, norm_epsilon: float) -> None:
         super().__init__(initial_std, norm_epsilon)
         # The wrappers read dtypes, initialization and the kind of norm from it; the sizes are required but not used.
-        self._wrapped_config = TransformerConfig(
+        self._layer_config = TransformerConfig(
             num_layers=1,
             hidden_size=1,
             num_attention_heads=1,
@@ -55,32 +58,6 @@ class TransformerEngineBackend(MegatronBackend):
             layernorm_epsilon=norm_epsilon,
         )
 
-    def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """Transformer Engine's column-parallel layer."""
-        return _ColumnLinear(
-            in_features,
-            out_features,
-            config=self._wrapped_config,
-            init_method=self._initialize,
-            gather_output=False,
-            bias=bias,
-            skip_bias_add=False,
-            is_expert=False,
-        )
-
-    def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """Transformer Engine's row-parallel layer."""
-        return _RowLinear(
-            in_features,
-            out_features,
-            config=self._wrapped_config,
-            init_method=self._initialize,
-            bias=bias,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            is_expert=False,
-        )
-
     def norm(self, size: int) -> nn.Module:
         """Transformer Engine's RMSNorm with a zero-centred weight."""
-        return wrappers.TENorm(self._wrapped_config, size, eps=self._norm_epsilon)
+        return wrappers.TENorm(self._layer_config, size, eps=self._norm_epsilon)

@@ -26,7 +26,7 @@ from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import MemoryConfig, PKMLayer
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
-from megatron_fwpkm.train.display import values_table
+from megatron_fwpkm.terminal import values_table
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this times the tensor-parallel size."""

@@ -20,8 +20,9 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.parallel.backend import megatron_backend
 from megatron_fwpkm.profiling.peak import Peak, device_peak
+from megatron_fwpkm.terminal import duration, print_line
 from megatron_fwpkm.train.checkpoint import CheckpointStore
-from megatron_fwpkm.train.display import duration, perplexity, print_line
+from megatron_fwpkm.train.display import perplexity
 from megatron_fwpkm.train.dry_run import padded_vocabulary
 from megatron_fwpkm.train.engine import build_training
 from megatron_fwpkm.train.environment import describe_environment

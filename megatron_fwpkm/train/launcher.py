@@ -8,14 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch
-from megatron_fwpkm.errors import JobFailedError, UserError
+from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
+from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
-from megatron_fwpkm.train.display import print_line
 from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, Failure, describe_failure
 from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE, end_with_parent
 
@@ -78,7 +79,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
                 raise UserError(message)
             if status != 0 and not ended_at_once:
                 raise JobFailedError(_describe_exits(scratch, run_directory, status))
-            return status
+            return status if status >= 0 else 128 - status  # as a shell says it
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -136,6 +137,31 @@ def report_user_error(message: str) -> bool:
 def report_failure(message: str) -> None:
     """Tell the user why the job failed: through the command that started this process, or on the terminal."""
     if not _leave(_FAILURE_FILE, message):
+        _say_error(message)
+
+
+@contextmanager
+def ending_with_a_status() -> Iterator[None]:
+    """Turn the errors of a command, or of one of its processes, into one message and an exit status.
+
+    2 for what the user can mend, 1 for a job of which a process failed or was killed.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, SharedUserError) and report_user_error(str(error)):
+            return
+        # Every rank of a launcher reads the same configuration, and each machine its own files.
+        if os.environ.get("RANK" if isinstance(error, SharedUserError) else "LOCAL_RANK", "0") == "0":
+            _say_error(str(error))
+        raise SystemExit(2) from None
+    except JobFailedError as error:
+        _say_error(str(error))
+        raise SystemExit(1) from None
+
+
+def _say_error(message: str) -> None:
+    with contextlib.suppress(OSError):  # whoever closed the terminal needs no message
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 

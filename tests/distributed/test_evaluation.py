@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-DATA = ("data.max_documents=40", "data.validation_fraction=0.25")
 SMALL = (
     "evaluation.sequences=6", "evaluation.streams=2", "evaluation.gate_tokens=64", "evaluation.needles.samples=4",
     "evaluation.needles.lengths=[192]", "evaluation.needles.iterations=[0,2]", "evaluation.needles.needles=2",
@@ -37,12 +36,12 @@ def evaluate(job: TinyJob, *arguments: str, expected: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[Path]:
-    """A folder with a run of 3 steps, measured by two processes."""
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, whole_run: TinyJob) -> Iterator[Path]:
+    """A folder with a copy of the whole run, measured by two processes."""
     from tests.distributed.conftest import TinyJob
 
     job = TinyJob(tmp_path_factory.mktemp("measured"), tiny_data)
-    job.train(*DATA, "training.steps=3")
+    job.begin_from(whole_run, 24)
     shutil.copy(job.folder / "run" / "summary.json", job.folder / "trained.json")
     output = evaluate(job, "parallel.processes=2")
     assert "perplexity, memory reset per document" in output and "needles, protocol aligned" in output
@@ -115,7 +114,7 @@ def test_done_pieces_are_reused_and_the_summary_is_added_to(job: TinyJob) -> Non
 
 def test_official_protocol_and_a_twin(job: TinyJob) -> None:
     plain = job.folder / "plain"
-    job.train(*DATA, "training.steps=3", "model.memory_layers=[]", f"run_directory={plain}", "name=plain")
+    job.train("training.steps=3", "model.memory_layers=[]", f"run_directory={plain}", "name=plain")
     output = evaluate(job, "--against", str(plain), "evaluation.needles.protocol=official")
     assert "twin plain" in output and "needles, protocol official" in output
     summary = json.loads((job.folder / "run" / "summary.json").read_text())["evaluation"]
@@ -126,7 +125,7 @@ def test_official_protocol_and_a_twin(job: TinyJob) -> None:
 
 def test_what_can_not_be_measured_is_said_in_one_line(job: TinyJob) -> None:
     run, other = job.folder / "run", job.folder / "other"
-    output = evaluate(job, "model.window=3", expected=2)
+    output = evaluate(job, "model.window=3", "parallel.processes=1", expected=2)
     assert "describe what was trained" in output and "Traceback" not in output
     shutil.copytree(run, other)
     checkpoint = next((other / "checkpoints").glob("step_*"))
@@ -137,9 +136,9 @@ def test_what_can_not_be_measured_is_said_in_one_line(job: TinyJob) -> None:
     content = (checkpoint / "job.json").read_bytes()
     manifest["job.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    output = evaluate(job, "--against", str(other), expected=2)
+    output = evaluate(job, "--against", str(other), "parallel.processes=2", expected=2)
     assert "another corpus or tokenizer" in output and "Traceback" not in output
     fast_state = next((run / "checkpoints").rglob("block_001.safetensors"))
     fast_state.write_bytes(fast_state.read_bytes()[:-1] + b"x")
-    output = evaluate(job, expected=2)
+    output = evaluate(job, "parallel.processes=1", expected=2)
     assert "is damaged" in output and "Traceback" not in output

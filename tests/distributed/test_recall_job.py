@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,23 +34,19 @@ def _losses(job: TinyJob, run: str) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in names) for record in job.records(run) if "train/loss" in record]
 
 
-def test_resuming_goes_on_with_the_sequences_that_follow(tiny_job: TinyJob) -> None:
-    tiny_job.train(*OVERRIDES, f"run_directory={tiny_job.folder / 'once'}")
-    tiny_job.train(*OVERRIDES, "training.stop_after_step=2")
-    output = tiny_job.train(*OVERRIDES)
-    assert "resumed from" in output
-    assert len(_losses(tiny_job, "run")) == 4
-    assert _losses(tiny_job, "run") == _losses(tiny_job, "once")
-    state = json.loads((tiny_job.folder / "run" / "checkpoints" / "step_00000004" / "job.json").read_text())
-    # 4 steps of 2 microbatches of 2 sequences on 2 processes.
-    assert state["data_cursor"] == {"sequence": 4 * 2 * 2 * 2}
-
-
-def test_measuring_a_run_against_its_twin(tiny_job: TinyJob) -> None:
+def test_resuming_goes_on_with_the_sequences_that_follow_and_a_twin_is_compared(tiny_job: TinyJob) -> None:
     folder = tiny_job.folder
-    plain = f"run_directory={folder / 'plain'}"
-    tiny_job.train(*OVERRIDES, "parallel.processes=1")
-    tiny_job.train(*OVERRIDES, "parallel.processes=1", plain, "model.memory_layers=[]")
+    checkpoint = folder / "run" / "checkpoints" / "step_00000004"
+    tiny_job.train(*OVERRIDES)
+    once = _losses(tiny_job, "run")
+    assert len({loss for _, loss, _, _ in once}) == 4
+    shutil.rmtree(checkpoint)
+    assert "resumed from" in tiny_job.train(*OVERRIDES)
+    assert _losses(tiny_job, "run") == once
+    # 4 steps of 2 microbatches of 2 sequences on 2 processes.
+    assert json.loads((checkpoint / "job.json").read_text())["data_cursor"] == {"sequence": 4 * 2 * 2 * 2}
+
+    tiny_job.train(*OVERRIDES, f"run_directory={folder / 'plain'}", "model.memory_layers=[]")
     runs = ["--run", str(folder / "run"), "--against", str(folder / "plain")]
     process = tiny_job.start(sys.executable, str(RECALL), "--answers", "16", *runs)
     output, _ = process.communicate(timeout=120)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fwpkm.config import UserError, load_train_config
-from megatron_fwpkm.train.display import Display, StepLine, duration, perplexity
+from megatron_fwpkm.terminal import duration
+from megatron_fwpkm.train.display import Display, StepLine, perplexity
 from megatron_fwpkm.train.run_directory import check_same_configuration, write_description
 from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE, StopRequest
 

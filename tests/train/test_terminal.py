@@ -11,7 +11,8 @@ import pytest
 
 SCRIPT = """
 import sys
-from megatron_fwpkm.train.display import Display, StepLine, print_line
+from megatron_fwpkm.terminal import print_line
+from megatron_fwpkm.train.display import Display, StepLine
 
 print_line("preparing")
 with open(sys.argv[1], "w") as log:

@@ -103,6 +103,19 @@ def files_version(files: Sequence[SourceFile]) -> str:
     return f"{len(files)} files {hashlib.sha256(listing.encode()).hexdigest()}"
 
 
+class FieldFiles:
+    """Files of which one field or column holds the texts: what a source of such files keeps."""
+
+    def __init__(self, path: str, pattern: str, text_field: str) -> None:
+        self._files = list_files(path, pattern)
+        self._root = self._files[0].path.removesuffix(self._files[0].name)
+        self._text_field = text_field
+
+    def version(self) -> str:
+        """Names, sizes and times of change of the files, and the field."""
+        return f"{files_version(self._files)}, {self._text_field}"
+
+
 def group_pieces(pieces: Iterable[tuple[Piece, int]], size: int) -> list[Part]:
     """Join consecutive pieces, each given with its bytes, into parts of at most `size` bytes (or one larger piece)."""
     parts: list[Part] = []

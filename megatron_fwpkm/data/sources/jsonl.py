@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megatron_fwpkm.data.sources.base import Document, Part, Piece, divide, files_version, group_pieces, list_files
+from megatron_fwpkm.data.sources.base import Document, FieldFiles, Part, Piece, divide, group_pieces
 from megatron_fwpkm.errors import UserError
 
 _COMPRESSED = (".gz", ".zst")
@@ -19,17 +19,11 @@ _EXPANSION = 4
 _READ_BYTES = 1 << 16
 
 
-class JsonLinesSource:
+class JsonLinesSource(FieldFiles):
     """JSONL files; a large plain one is divided at lines, a compressed one is one piece."""
 
     def __init__(self, path: str, pattern: str | None, text_field: str) -> None:
-        self._files = list_files(path, pattern or "**/*.jsonl*")
-        self._root = self._files[0].path.removesuffix(self._files[0].name)
-        self._text_field = text_field
-
-    def version(self) -> str:
-        """Names, sizes and times of change of the files, and the field."""
-        return f"{files_version(self._files)}, {self._text_field}"
+        super().__init__(path, pattern or "**/*.jsonl*", text_field)
 
     def parts(self, size: int) -> list[Part]:
         """Byte ranges of plain files, whole compressed ones; small ones together."""

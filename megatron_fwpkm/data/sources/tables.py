@@ -6,23 +6,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fwpkm.data.sources.base import Document, Part, Piece, divide, files_version, group_pieces, list_files
+from megatron_fwpkm.data.sources.base import Document, FieldFiles, Part, Piece, divide, group_pieces
 from megatron_fwpkm.errors import UserError
 
 _ROWS_AT_A_TIME = 256
 
 
-class ParquetSource:
+class ParquetSource(FieldFiles):
     """Parquet files, divided at their row groups."""
 
     def __init__(self, path: str, pattern: str | None, text_field: str) -> None:
-        self._files = list_files(path, pattern or "**/*.parquet")
-        self._root = self._files[0].path.removesuffix(self._files[0].name)
-        self._text_field = text_field
-
-    def version(self) -> str:
-        """Names, sizes and times of change of the files, and the column."""
-        return f"{files_version(self._files)}, {self._text_field}"
+        super().__init__(path, pattern or "**/*.parquet", text_field)
 
     def parts(self, size: int) -> list[Part]:
         """Ranges of row groups; small files together."""
