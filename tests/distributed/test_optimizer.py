@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +29,36 @@ def check_replicas(found: dict[str, Any], precision: str) -> None:
     assert found["untouched"] > 0
 
 
-def test_two_replicas_equal_plain_torch_with_the_whole_batch(tiny_job: TinyJob, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    """What the checks found in two processes, in one start, and the folder of what they wrote."""
+    from tests.distributed.conftest import TinyJob
+
+    folder = tmp_path_factory.mktemp("optimizer")
+    job = TinyJob(folder, tiny_data)
+    yield job.worker(SCRIPT, str(folder), "train_fp32", "train_bf16", "guards_fp32", "guards_bf16"), folder
+    job.end()
+
+
+def test_two_replicas_equal_plain_torch_with_the_whole_batch(checked: tuple[dict[str, Any], Path]) -> None:
     """Loss and gradient over all counted labels, global norm and clipping over everything, touched rows."""
-    found = tiny_job.worker(SCRIPT, "train", "fp32", str(tmp_path))
+    found = checked[0]["train_fp32"]
     check_replicas(found, "fp32")
     assert found["loss_error"] < 3e-6
     assert found["norm_error"] < 3e-6
     assert found["weight_error"] < 3e-6
 
 
-def test_two_replicas_equal_one_with_the_whole_batch_in_bf16(tiny_job: TinyJob, tmp_path: Path) -> None:
-    two = tiny_job.worker(SCRIPT, "train", "bf16", str(tmp_path))
-    one = tiny_job.worker(SCRIPT, "train", "bf16", str(tmp_path), processes=1)
+def test_two_replicas_equal_one_with_the_whole_batch_in_bf16(
+    tiny_job: TinyJob, checked: tuple[dict[str, Any], Path]
+) -> None:
+    two, folder = checked[0]["train_bf16"], checked[1]
+    one = tiny_job.worker(SCRIPT, str(folder), "train_bf16", processes=1)["train_bf16"]
     check_replicas(two, "bf16")
     assert one["labels"] == two["labels"]
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-2)
     assert one["norms"] == pytest.approx(two["norms"], rel=1e-2)
-    left, right = (torch.load(tmp_path / f"bf16_{ranks}.pt") for ranks in (1, 2))
+    left, right = (torch.load(folder / f"bf16_{ranks}.pt") for ranks in (1, 2))
     for name in left:
         if "updates_N" not in name and "clock_N" not in name:  # rounding may move a read to another slot
             moment = "moment" in name
@@ -52,8 +66,8 @@ def test_two_replicas_equal_one_with_the_whole_batch_in_bf16(tiny_job: TinyJob, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_guards_resume_and_limited_attention(tiny_job: TinyJob, tmp_path: Path, precision: str) -> None:
-    found = tiny_job.worker(SCRIPT, "guards", precision, str(tmp_path / "saved"))
+def test_guards_resume_and_limited_attention(checked: tuple[dict[str, Any], Path], precision: str) -> None:
+    found = checked[0][f"guards_{precision}"]
     no_labels, damaged = found.pop("refusals")
     assert all("step 2 has no label that counts" in message for message in no_labels)
     assert damaged == ["the shard is damaged"] * 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,9 +14,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[dict[str, Any]]:
+    """What the checks of workers/step_checks.py found, in one start of two processes."""
+    from tests.distributed.conftest import TinyJob
+
+    job = TinyJob(tmp_path_factory.mktemp("parts"), tiny_data)
+    yield job.worker("step_checks.py")
+    job.end()
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tiny_job: TinyJob, poison: str) -> None:
-    assert tiny_job.worker("step_checks.py", "non_finite", poison) == {
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(found: dict[str, Any], poison: str) -> None:
+    assert found[f"non_finite_{poison}"] == {
         "applied": [True, False, True],
         "stop": [False, True, False],
         "unchanged": True,
@@ -23,8 +35,8 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tiny_job: 
     }
 
 
-def test_evaluation_changes_nothing(tiny_job: TinyJob) -> None:
-    assert tiny_job.worker("step_checks.py", "evaluation") == {
+def test_evaluation_changes_nothing(found: dict[str, Any]) -> None:
+    assert found["evaluation"] == {
         "repeatable": True,
         "unchanged": True,
         "reads_matter": True,
@@ -34,8 +46,8 @@ def test_evaluation_changes_nothing(tiny_job: TinyJob) -> None:
     }
 
 
-def test_statistics_and_histograms_are_means_over_ranks_and_microbatches(tiny_job: TinyJob) -> None:
-    assert tiny_job.worker("step_checks.py", "statistics") == {
+def test_statistics_and_histograms_are_means_over_ranks_and_microbatches(found: dict[str, Any]) -> None:
+    assert found["statistics"] == {
         "microbatches": 4,
         "names": ["gate_histogram", "reads_histogram"],
         "sizes": [10, 16],
@@ -47,14 +59,14 @@ def test_statistics_and_histograms_are_means_over_ranks_and_microbatches(tiny_jo
     }
 
 
-def test_ranks_read_disjoint_shares(tiny_job: TinyJob) -> None:
-    found = tiny_job.worker("step_checks.py", "shares")
-    assert found["sequences"] - 4 < found["read"] <= found["sequences"]
-    assert found["surplus"] == 0  # none more often than the corpus has it
+def test_ranks_read_disjoint_shares(found: dict[str, Any]) -> None:
+    shares = found["shares"]
+    assert shares["sequences"] - 4 < shares["read"] <= shares["sequences"]
+    assert shares["surplus"] == 0  # none more often than the corpus has it
 
 
-def test_further_parts_are_saved_and_a_failed_one_leaves_nothing_half(tiny_job: TinyJob) -> None:
-    assert tiny_job.worker("step_checks.py", "parts") == {
+def test_further_parts_are_saved_and_a_failed_one_leaves_nothing_half(found: dict[str, Any]) -> None:
+    assert found["parts"] == {
         "failed": "1: failed while writing a checkpoint: OSError: can't write",
         "names": ["latest", "step_00000001"],
         "said": [],

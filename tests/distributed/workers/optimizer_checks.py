@@ -1,6 +1,6 @@
 """Checks of engine, trained tables and steps on a small model with PKM layers; prints what it found on rank 0.
 
-Arguments: a configuration (unused), the check, the precision, a folder.
+Arguments: a configuration (unused), a folder, and checks by name: train_fp32, guards_bf16, ...
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def check_guards(precision: str, folder: Path) -> dict[str, Any]:
         "skipped": [result.applied for result in skipped],
         "skipped_norms": [str(result.gradient_norm) for result in skipped],
         "unchanged": unchanged,
-        **check_resume(model, bundle, training, folder, precision),
+        **check_resume(model, bundle, training, folder / precision, precision),
     }
 
 
@@ -299,9 +299,12 @@ def documents_reach_the_model(model: SmallModel, bundle: EngineBundle, training:
 
 
 def main() -> None:
-    check, precision, folder = sys.argv[2], sys.argv[3], Path(sys.argv[4])
+    folder, names = Path(sys.argv[2]), sys.argv[3:]
     ranks = topology.initialize(1, 60)
-    found = {"train": check_train, "guards": check_guards}[check](precision, folder)
+    found = {}
+    for name in names:
+        check, precision = name.split("_")
+        found[name] = {"train": check_train, "guards": check_guards}[check](precision, folder)
     topology.shut_down()
     if ranks.is_leader:
         print(json.dumps(found), flush=True)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed
 
 from megatron_fwpkm.config import load_train_config
+from megatron_fwpkm.data.corpus import prepare_corpus
 from megatron_fwpkm.data.streaming import TokenLoader
 from megatron_fwpkm.data.token_stream import read_stream
 from megatron_fwpkm.errors import RankFailedError
@@ -127,7 +129,7 @@ def check_statistics(job: Job) -> dict[str, object]:
     }
 
 
-def check_shares(job: Job, corpus: Path) -> dict[str, object]:
+def check_shares(job: Job) -> dict[str, object]:
     """In one epoch every sequence is read by one rank, but for those that fill no batch."""
     assert isinstance(job.loader, TokenLoader)
     sequences = job.loader.sequences
@@ -136,6 +138,7 @@ def check_shares(job: Job, corpus: Path) -> dict[str, object]:
     shares: list[list[tuple[int, ...]]] = [[] for _ in range(job.topology.world_size)]
     torch.distributed.all_gather_object(shares, own)
     rows = [row for share in shares for row in share]
+    corpus, _ = prepare_corpus(job.config.data, job.config.seed)
     stream = read_stream(corpus, "train", 0, sequences * 64).tokens.reshape(sequences, 64).tolist()
     surplus = Counter(rows) - Counter(map(tuple, stream))
     return {"read": len(rows), "surplus": surplus.total(), "sequences": sequences}
@@ -184,22 +187,28 @@ def check_parts(job: Job) -> dict[str, object]:
     }
 
 
+CHECKS: dict[str, Callable[[Job], dict[str, object]]] = {
+    "non_finite_loss": lambda job: check_non_finite(job, "loss"),
+    "non_finite_gradient": lambda job: check_non_finite(job, "gradient"),
+    "evaluation": check_evaluation,
+    "statistics": check_statistics,
+    "shares": check_shares,
+    "parts": check_parts,
+}
+"""Each gets a job that has made no step."""
+
+
 def main() -> None:
     config = load_train_config(Path(sys.argv[1]))
     ranks = topology.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
+    found = {}
     with jobs._shared_scratch(ranks) as scratch:
-        data = open_data(config, ranks, scratch, lambda line: None)
-        assert data.tokenizer is not None
-        job, corpus = jobs._build(config, ranks, data), data.tokenizer.parent
-        job.model.train()
-        checks = {
-            "non_finite": lambda: check_non_finite(job, sys.argv[3]),
-            "evaluation": lambda: check_evaluation(job),
-            "statistics": lambda: check_statistics(job),
-            "shares": lambda: check_shares(job, corpus),
-            "parts": lambda: check_parts(job),
-        }
-        found = checks[sys.argv[2]]()
+        for name, check in CHECKS.items():
+            (scratch / name).mkdir(exist_ok=True)  # the other rank makes it too
+            data = open_data(config, ranks, scratch / name, lambda line: None)
+            job = jobs._build(config, ranks, data)
+            job.model.train()
+            found[name] = check(job)
     topology.shut_down()
     if ranks.is_leader:
         print(json.dumps(found), flush=True)
