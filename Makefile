@@ -46,7 +46,7 @@ doctor: ## Say what works on this machine, what is missing and how to mend it
 train: setup ## Train nano and its plain twin, then measure both; another preset alone: ARGS="--config ..."
 ifeq (,$(filter --% run_directory=% name=%,$(ARGS)))
 	$(VENV_PYTHON) launch/train.py --config configs/train/nano.yaml $(ARGS)
-	$(VENV_PYTHON) launch/train.py --config configs/train/nano-plain.yaml $(filter-out model.memory_layers=%,$(ARGS))
+	$(VENV_PYTHON) launch/train.py --config configs/train/nano-plain.yaml $(filter-out model.memory_layers=% model.pkm_layers=%,$(ARGS))
 	$(VENV_PYTHON) launch/evaluate.py --run runs/nano --against runs/nano-plain
 else
 	$(VENV_PYTHON) launch/train.py --config configs/train/nano.yaml $(ARGS)

@@ -33,10 +33,14 @@ class Terminal:
         """Write text, or nothing once that has failed."""
         if self._stream is not None:
             try:
-                self._stream.write(text)
+                self._stream.write(self._encodable(text))
             except OSError as error:
                 self._turn_off(error)
         return len(text)
+
+    def _encodable(self, text: str) -> str:
+        """The text with "?" for what the stream's encoding lacks: a name in a path must not end a job."""
+        return text.encode(self.encoding, "replace").decode(self.encoding)
 
     def flush(self) -> None:
         """Bring what was written to the terminal."""

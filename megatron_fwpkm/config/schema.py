@@ -65,6 +65,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_tables(self) -> TrainConfig:
+        if self.model.pkm_layers and not self.model.pkm.sparse_gradients:
+            raise ValueError(
+                "training updates the touched rows of PKM values alone; set model.pkm.sparse_gradients=true (false is "
+                "for other trainers)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_across_sections(self) -> TrainConfig:
         try:
             build_schedule(self.optimizer, self.training.steps)

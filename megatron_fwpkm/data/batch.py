@@ -43,3 +43,6 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved cursor, at any time; the next batch starts there. Raises UserError if it can't."""
+
+    def close(self) -> None:
+        """End what runs beside, if anything does: before the process does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,30 @@ def prepare_corpus(
     sizes = ", ".join(f"{name} {counts.tokens:,}" for name, counts in manifest.splits.items())
     report(f"data: reading {folder} (tokens: {sizes})")
     return folder, manifest
+
+
+def find_corpus(settings: DataConfig, hashes: Mapping[str, str]) -> tuple[Path, Manifest]:
+    """The prepared corpus with these hashes ("corpus" and "tokenizer"): data.corpus, or any folder of data.directory.
+
+    Another text would give other figures, or have been trained on. Raises UserError if it is not there or damaged.
+    """
+    wanted = (hashes.get("corpus"), hashes.get("tokenizer"))
+    place = settings.corpus or settings.directory
+    folders = (
+        [Path(place)] if settings.corpus else sorted(path.parent for path in Path(place).glob(f"*/{MANIFEST_FILE}"))
+    )
+    for folder in folders:
+        try:
+            content = json.loads((folder / MANIFEST_FILE).read_text())
+            found = (content["corpus_sha256"], content["tokenizer_sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if found == wanted:
+            return folder, read_manifest(folder)
+    raise UserError(
+        f"the corpus that was trained on (sha256 {str(wanted[0])[:12]}) is not in {place}: give its folder as "
+        "data.corpus. Another one, of another version of the source say, may hold out what was trained on"
+    )
 
 
 def corpus_tokenizer(corpus: Path) -> CorpusTokenizer:

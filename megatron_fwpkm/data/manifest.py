@@ -14,7 +14,7 @@ from megatron_fwpkm.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 VERIFY_AT_START = 1 << 30
 """Bytes of shards whose hashes are compared before a job starts; further ones are checked when they are read."""
 
@@ -90,13 +90,17 @@ def read_manifest(directory: Path) -> Manifest:
             raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {again}")
         content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
         manifest = Manifest(**content)
+        sizes, indexes = list(manifest.files.items()), list(manifest.index_sha256.items())
+        for name, counts in manifest.splits.items():
+            if sum(counts.part_tokens) != counts.tokens:
+                raise ValueError(f"the parts of {name} have {sum(counts.part_tokens)} tokens, not {counts.tokens}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error}; {again}") from error
-    for name, size in manifest.files.items():
+    for name, size in sizes:
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{file} is missing or damaged; {again}")
-    for split, sha256 in manifest.index_sha256.items():
+    for split, sha256 in indexes:
         index = directory / split / INDEX_FILE
         if _digest(index, "sha256") != sha256:
             raise UserError(f"{index} is damaged; {again}")

@@ -24,6 +24,7 @@ from megatron_fwpkm.data.manifest import TOKENIZER_FILE
 from megatron_fwpkm.data.sources import Document, Part, Source
 from megatron_fwpkm.data.sources.base import read_documents
 from megatron_fwpkm.data.tokenizer import CorpusTokenizer, load_tokenizer
+from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.files import sync_path, sync_tree, write_atomically
 
 PROGRESS_FOLDER = ".progress"
@@ -186,7 +187,29 @@ def _tokenize(
         texts = [document.text for document in batch]
         encodings = tokenizer.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
-            yield document, numpy.array([*encoding.ids, end], dtype=dtype)
+            ids = encoding.ids if end not in encoding.ids else _without_end(document, tokenizer)
+            yield document, numpy.array([*ids, end], dtype=dtype)
+
+
+def _without_end(document: Document, tokenizer: CorpusTokenizer) -> list[int]:
+    """Tokens of a text in which the end token's name stands, for tokenizers that have it among their ordinary tokens.
+
+    The name is tokenized in two halves, which no tokenizer joins again. Raises UserError if the end token comes from
+    something else, an unknown character say.
+    """
+    name = tokenizer.end_of_document
+    halves = [name[: len(name) // 2], name[len(name) // 2 :]]
+    pieces: list[str] = []
+    for index, text in enumerate(document.text.split(name)):
+        pieces += [*(halves if index else []), text]
+    encodings = tokenizer.tokenizer.encode_batch_fast([p for p in pieces if p], add_special_tokens=False)
+    ids = [token for encoding in encodings for token in encoding.ids]
+    if tokenizer.end_id in ids:
+        raise UserError(
+            f"{document.name}: the tokenizer makes its end token {name!r} out of ordinary text; give another "
+            "data.end_of_document, a token that stands for nothing else"
+        )
+    return ids
 
 
 _this_process: dict[str, Any] = {}

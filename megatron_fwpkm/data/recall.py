@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
+from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.section import Section
 
 TRAINING, HELD_OUT, MEASUREMENT = range(3)
@@ -135,10 +136,18 @@ class RecallLoader:
         context_BT, questions_BT = draw_parts(self._config, self._filler_tokens, self._stream, first, self._batch_size)
         return TokenBatch(torch.cat([context_BT, questions_BT], dim=1), answer_labels(context_BT, questions_BT))
 
+    def close(self) -> None:
+        """Nothing runs beside."""
+
     def state_dict(self) -> dict[str, Any]:
         """Number of sequences that all replicas together have taken; the same on every rank."""
         return {"sequence": self._next_sequence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a cursor; the next batch starts there."""
-        self._next_sequence = int(state["sequence"])
+        """Continue from a cursor; the next batch starts there. Raises UserError if it is another loader's."""
+        if not isinstance(state.get("sequence"), int):
+            raise UserError(
+                "the saved place in the data is not one of recall sequences; give the same data settings, or another "
+                "run_directory to begin anew"
+            )
+        self._next_sequence = state["sequence"]

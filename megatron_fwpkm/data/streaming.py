@@ -147,6 +147,9 @@ class TokenLoader:
         if len(values) == 1:
             return TokenBatch(tokens, labels)
         documents, positions = values[1], values[2, :, :-1]
+        # Rotary embeddings know differences alone, and in float32 lose them far inside a long document.
+        cut = documents[:, :-1] == documents[:, :1]
+        positions = positions - torch.where(cut, positions[:, :1], 0)
         inside = documents[:, 1:] == documents[:, :-1]
         return TokenBatch(tokens, labels.where(inside, IGNORED_LABEL), documents[:, :-1], positions)
 
@@ -171,6 +174,10 @@ class TokenLoader:
         self._cursor = state["sample"]
         self._from_workers = None
 
+    def close(self) -> None:
+        """End the loader processes, if there are any; the next batch starts new ones."""
+        self._from_workers = None
+
     def _shape(self) -> tuple[int, int, int]:
         return self._samples.rows(), self._batch_size, self._samples.plan.sequence_length + 1
 
@@ -185,6 +192,7 @@ class TokenLoader:
                 num_workers=self._workers,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]  # __getitems__ has made the batch
                 worker_init_fn=_start_loader_process,
+                generator=torch.Generator(),  # the global one would move, and differently after a resume
             )
             self._from_workers = iter(loader)
         values = next(self._from_workers)

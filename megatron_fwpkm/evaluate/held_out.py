@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,24 +85,24 @@ class HeldOutText:
         return TokenBatch(tokens, labels, documents, positions)
 
 
-def open_held_out(config: TrainConfig, needed_tokens: int) -> tuple[HeldOutText, dict[str, str]]:
-    """The beginning of the split that the evaluation reads, and hashes that tell corpora and tokenizers apart.
+def open_held_out(config: TrainConfig, needed_tokens: int, trained_on: Mapping[str, str]) -> HeldOutText:
+    """The beginning of the split that the evaluation reads: all of it, but no more than `needed_tokens`.
 
-    All of the split, but no more than `needed_tokens`. Raises UserError if the corpus is not there or damaged.
+    The corpus is that with the hashes `trained_on`, in data.corpus or anywhere in data.directory; the source that it
+    was prepared from is not needed. Raises UserError if it is not there or damaged.
     """
-    from megatron_fwpkm.data.corpus import corpus_tokenizer, prepare_corpus
+    from megatron_fwpkm.data.corpus import corpus_tokenizer, find_corpus
     from megatron_fwpkm.data.token_stream import read_stream
 
     if str(config.data.source) == "recall":
         raise UserError("a recall run has no held-out text; measure it with launch/recall.py")
     split = config.evaluation.split
-    corpus, manifest = prepare_corpus(config.data, config.seed)
+    corpus, manifest = find_corpus(config.data, trained_on)
     found = read_stream(corpus, split, 0, min(manifest.split(split).tokens, needed_tokens))
     tokenizer = corpus_tokenizer(corpus)
-    text = HeldOutText(
+    return HeldOutText(
         TextCodec(tokenizer.tokenizer, tokenizer.end_id),
         found.tokens.astype(numpy.int64),
         found.documents,
         config.data.documents == "separate",
     )
-    return text, {"corpus": manifest.corpus_sha256, "tokenizer": manifest.tokenizer_sha256}

@@ -18,8 +18,9 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import Backend
 from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, compare_file
 
-CHANGEABLE = ("evaluation.", "parallel.", "logging.")
-"""Sections that arguments of an evaluation may change; the others describe what was trained."""
+CHANGEABLE = ("evaluation.", "parallel.", "logging.", "data.corpus=", "data.directory=", "data.cache=")
+"""What arguments of an evaluation may change; the rest describes what was trained. (Of a corpus the place alone: the
+checkpoint knows its hash.)"""
 _EMBEDDING = "embedding.weight"
 _TABLES = "slow_tables"  # values of PKM layers, in runs that have them
 _WEIGHTS = Path("slow", "mp_rank_00_model_states.pt")
@@ -42,7 +43,7 @@ class TrainedRun:
 
 
 def read_run_config(directory: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run's resolved configuration, with `evaluation.`, `parallel.` and `logging.` keys overridden.
+    """The run's resolved configuration, with CHANGEABLE keys overridden.
 
     Raises UserError if the folder holds no run, or an override would change what was trained.
     """
@@ -51,9 +52,9 @@ def read_run_config(directory: Path, overrides: Sequence[str]) -> TrainConfig:
         raise UserError(f"{directory} holds no run (it has no config.yaml); give the run directory of a training run")
     wrong = [text for text in overrides if not text.startswith(CHANGEABLE)]
     if wrong:
+        allowed = ", ".join(key.rstrip("=") for key in CHANGEABLE)
         raise UserError(
-            f"override {wrong[0]!r}: an evaluation can change keys under {', '.join(CHANGEABLE)} only; the others "
-            "describe what was trained"
+            f"override {wrong[0]!r}: an evaluation can change {allowed} only; the other keys describe what was trained"
         )
     return load_train_config(path, overrides)
 

@@ -104,17 +104,11 @@ def _open_runs(request: Request, config: TrainConfig, ranks: parallel.Topology) 
 
 
 def _open_text(config: TrainConfig, run: TrainedRun) -> HeldOutText:
-    """The held-out text. Raises UserError if the corpus is not the one that the run was trained on."""
+    """The held-out text of the corpus that the run was trained on. Raises UserError without that."""
     needles, length = config.evaluation.needles, config.data.sequence_length
     haystack = max(needle_lengths(config), default=0) if needles.samples else 0
     needed = max(config.evaluation.sequences * length + 1, HAYSTACK_CHOICE * haystack, config.evaluation.gate_tokens)
-    held_out, corpus = open_held_out(config, needed)
-    if corpus != run.corpus:
-        raise UserError(
-            f"{run.directory} was trained on another corpus or tokenizer than its data section names now (another "
-            "version of Python, say): its held-out text may have been trained on; restore the corpus"
-        )
-    return held_out
+    return open_held_out(config, needed, run.corpus)
 
 
 def needle_lengths(config: TrainConfig) -> tuple[int, ...]:

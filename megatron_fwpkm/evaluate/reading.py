@@ -21,8 +21,8 @@ class Reader:
 
     aligned: each sample has its own memory, which starts as trained; chunks are the trained ones, and a reading ends
     with the write of its last, short chunk.
-    official (the paper's code): one memory for all samples, carried from batch to batch, and each reading is one chunk;
-    the model must have been built with chunk_size "sequence".
+    official (the paper's code): one memory for all samples, carried from batch to batch, and each call is one chunk, a
+    reading as well as a token of an answer; the model must have been built with chunk_size "sequence".
     """
 
     def __init__(self, model: Decoder, protocol: Protocol, batch: int, vocab_size: int) -> None:

@@ -89,6 +89,12 @@ class Findings:
     gate_text: Sequence[str]
     gates: Mapping[int, Sequence[float]]
 
+    def names(self) -> dict[str, str]:
+        """What tables and pictures call the runs: their names, or their directories where two have one name."""
+        names = {key: run.config.name for key, run in self.runs.items()}
+        alike = len(set(names.values())) < len(names)
+        return {key: str(run.directory) if alike else names[key] for key, run in self.runs.items()}
+
     def perplexities(self) -> dict[str, dict[str, PositionRow]]:
         """By run and condition."""
         chosen = [piece for piece in self.pieces if piece.content["measure"] == "perplexity"]
@@ -105,7 +111,7 @@ def report(findings: Findings, meter: Meter) -> None:
     run = findings.runs["run"]
     rows = findings.perplexities()
     needles = {name: findings.needles(name) for name in findings.runs}
-    trainings = {run.config.name: read_training(run.directory) for run in findings.runs.values()}
+    trainings = {name: read_training(findings.runs[key].directory) for key, name in findings.names().items()}
     figures = draw(findings, rows, needles["run"], trainings)
     folder, tensorboard = run.directory / PICTURES_FOLDER, run.directory / "tensorboard"
     paths = pictures.save_pictures(figures, folder, tensorboard, run.step)
@@ -192,7 +198,7 @@ def summary_table(
         for condition, row in conditions.items():
             label = _label(findings, name, condition)
             if name == "twin":
-                label += f" {findings.runs['twin'].config.name}"
+                label += f" {findings.names()['twin']}"
             first = _label(findings, "run", "memory")
             compared = "" if (name, condition) == ("run", "memory") else f", x {row.relative.text(4)} of {first}"
             table.add_row(f"perplexity, {label}", row.whole.text() + compared)

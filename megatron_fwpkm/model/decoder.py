@@ -189,12 +189,16 @@ class Decoder(nn.Module):
             yield index, layer.fast_state
 
     def num_parameters(self) -> ParameterCount:
-        """Weights of this rank; a tied embedding counts once, of an untied one a token takes one row."""
+        """Weights of this rank."""
+        blocks = total(cast(Block, block).num_parameters() for block in self.blocks)
+        return total((self.num_parameters_of_ends(), blocks, dense(self.norm)))
+
+    def num_parameters_of_ends(self) -> ParameterCount:
+        """Weights of embedding and head; a tied embedding counts once, of an untied one a token takes one row."""
         embedding = dense(self.embedding)
         if not self.config.tied_embeddings:
             embedding = dataclasses.replace(embedding, active_per_token=self.config.hidden_size)
-        blocks = total(cast(Block, block).num_parameters() for block in self.blocks)
-        return total((embedding, blocks, dense(self.norm), dense(self.head)))
+        return embedding + dense(self.head)
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         """Floating-point operations of forward and backward per token, of the whole model."""

@@ -16,5 +16,5 @@ class ParallelConfig(Section):
     """Processes that the command starts on this machine when no launcher has started it."""
     tensor: Literal[1] = 1
     """Tensor-parallel size; only 1 is supported so far."""
-    timeout_seconds: int = Field(default=300, ge=10)
+    timeout_seconds: int = Field(default=300, ge=10, le=30 * 24 * 3600)
     """Longest wait for another process before the job fails."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from megatron_fwpkm.accounting import ParameterCount, dense, total
+from megatron_fwpkm.accounting import ParameterCount, total
 from megatron_fwpkm.config import TrainConfig, to_yaml
 from megatron_fwpkm.data.manifest import read_manifest
 from megatron_fwpkm.data.settings import DataConfig
@@ -166,8 +166,8 @@ def _layer_kinds(model: Decoder, length: int) -> Iterator[LayerKind]:
                 flops = layer.num_flops_per_token(length)
                 head_flops -= flops
                 found.setdefault(type(layer).__name__, []).append((layer.num_parameters(), flops))
-    ends = dense(model.embedding) + dense(model.head)
-    yield LayerKind("embedding and head", 1, ends.slow, 0, ends.slow, head_flops)
+    ends = model.num_parameters_of_ends()
+    yield LayerKind("embedding and head", 1, ends.slow, 0, ends.active_per_token, head_flops)
     counted = ends
     for name, layers in found.items():
         count = total(count for count, _ in layers)

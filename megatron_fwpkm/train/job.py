@@ -93,7 +93,10 @@ def _run(config: TrainConfig, ranks: parallel.Topology, scratch: Path, stop: Sto
         parallel.agree_on_errors(lambda: recorder.open(progress.step), "opening metrics and logs")
         for line in (*notes, _describe(job, peak)):
             recorder.say(line)
-        _train_and_measure(job, progress, stop, started)
+        try:
+            _train_and_measure(job, progress, stop, started)
+        finally:
+            job.loader.close()
         parallel.agree_on_errors(recorder.check, "recording the run")
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
 from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, Failure, describe_failure
-from megatron_fwpkm.train.stop import STOP_FILE_VARIABLE, end_with_parent
+from megatron_fwpkm.train.stop import SAME_REQUEST_SECONDS, STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
 """Time that processes have to save and stop, once their launcher was told to end, before they are killed."""
@@ -64,11 +65,15 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
         )
         ended_at_once: list[bool] = []
 
+        asked: list[float] = []
+
         def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            if stop_file.exists():
-                ended_at_once.append(True)
-                _kill_tree(child.pid)
+            if asked:
+                if time.monotonic() - asked[0] > SAME_REQUEST_SECONDS:
+                    ended_at_once.append(True)
+                    _kill_tree(child.pid)
             elif child.poll() is None:
+                asked.append(time.monotonic())
                 stop_file.touch()
                 print_line(f"{signal.Signals(number).name}: stopping after this step; once more to end at once")
 

@@ -44,14 +44,9 @@ CHANGEABLE_ON_RESUME = (
 def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:
     """Compare with the configuration that the run began with; call only where there is a checkpoint.
 
-    Raises UserError if a key differs that changes what is computed.
+    Raises UserError if a key differs that changes what is computed, or config.yaml can't be read.
     """
-    import yaml
-
-    path = run_directory / "config.yaml"
-    if not path.exists():
-        return
-    before, now = yaml.safe_load(path.read_text()), config.model_dump(mode="json")
+    before, now = _read_configuration(run_directory), config.model_dump(mode="json")
     changed = [
         text
         for text in differing_keys(before, now)
@@ -63,6 +58,23 @@ def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:
             f"{run_directory} has a run that began with other values (then, now): {'; '.join(changed)}. Give the same "
             f"values to resume it, another run_directory to begin anew, or delete {run_directory}"
         )
+
+
+def _read_configuration(run_directory: Path) -> dict[str, Any]:
+    import yaml
+
+    path = run_directory / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UserError(
+            f"cannot read {path} ({reason}), which has the settings that the checkpoints beside it were trained with; "
+            "restore it to resume, or give another run_directory to begin anew"
+        ) from error
+    return content
 
 
 @contextmanager

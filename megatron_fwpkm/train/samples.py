@@ -64,7 +64,9 @@ def continue_greedily(model: Decoder, tokens_BT: torch.Tensor, new_tokens: int, 
             with ExitStack() as guards:
                 for _, state in model.fast_states():
                     guards.enter_context(state.evaluation())
-                logits_BV = model.logits(tokens_BT)[:, -1, :vocab_size]
+                # Each prompt is a document, for memories that want to know.
+                documents_BT = torch.zeros_like(tokens_BT)
+                logits_BV = model.logits(tokens_BT, documents_BT=documents_BT)[:, -1, :vocab_size]
             tokens_BT = torch.cat([tokens_BT, logits_BV.argmax(-1, keepdim=True)], dim=1)
     finally:
         model.train(was_training)

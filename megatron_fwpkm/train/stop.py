@@ -15,7 +15,7 @@ STOP_FILE_VARIABLE = "FWPKM_STOP_FILE"
 """Environment variable that names a file; the job stops after the step in which the file appears."""
 
 
-_SAME_REQUEST_SECONDS = 1.0
+SAME_REQUEST_SECONDS = 1.0
 """Signals that close together are one request: a terminal and a launcher may both pass on the same Ctrl-C."""
 
 
@@ -36,7 +36,7 @@ class StopRequest:
         now = time.monotonic()
         if self._received is None:
             self._received = now
-        elif now - self._received > _SAME_REQUEST_SECONDS:
+        elif now - self._received > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.memory.pkm_layer import PKMLayer
 from megatron_fwpkm.train.touched_rows import RowGradient, RowSettings, TouchedRows, sum_row_gradients
 
@@ -44,7 +44,7 @@ class TrainedTables:
         group: the data-parallel group; None means all ranks, or this process alone outside a process group
 
     A step is: `begin_step`, backward passes, `join_norm` (all replicas together), then `apply` or `discard`.
-    Raises UserError when a PKM layer is set to dense gradients.
+    Raises SharedUserError when a PKM layer is set to dense gradients.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class TrainedTables:
     ) -> None:
         for name, module in model.named_modules():
             if isinstance(module, PKMLayer) and not module.config.sparse_gradients:
-                raise UserError(f"the PKM layer {name} has dense gradients; set model.pkm.sparse_gradients to true")
+                raise SharedUserError(
+                    f"the PKM layer {name} has dense gradients; set model.pkm.sparse_gradients to true"
+                )
         self._group, self._rate_share, self._clipping = group, rate_share, clipping
         self._tables: dict[str, TouchedRows] = {}
         self._gradients: dict[str, RowGradient] | None = None  # None outside steps

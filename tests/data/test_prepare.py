@@ -11,16 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fwpkm.data import parts, prepare
-from megatron_fwpkm.data.corpus import corpus_tokenizer, prepare_corpus
+from megatron_fwpkm.data.corpus import corpus_tokenizer, find_corpus, prepare_corpus
 from megatron_fwpkm.data.manifest import Manifest, check_shards, read_manifest
 from megatron_fwpkm.data.parts import SplitRule
 from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.data.sources import Document
 from megatron_fwpkm.data.token_stream import read_stream, stream_tokens
-from megatron_fwpkm.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
+from megatron_fwpkm.data.tokenizer import END_OF_DOCUMENT, CorpusTokenizer, train_tokenizer
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.train import job_data
 
@@ -272,3 +273,59 @@ def test_no_space_left_is_one_message_and_costs_no_finished_part(
     assert any(f"{len(finished)} of " in line and "finished before" in line for line in lines)
     assert shards and all((folder / "train/000000" / path.name).stat().st_ino == node for path, node in shards.items())
     assert hashes(folder) == hashes(corpus[0])
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "plain added token"])
+def test_end_token_is_at_ends_alone_whatever_the_tokenizer(kind: str) -> None:
+    """Tokenizers that have the end token among their ordinary tokens find it in a text that has its name."""
+    if kind == "unigram":
+        pieces = [("<unk>", -9.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abcdes<>/▁")]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    elif kind == "words":
+        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "see": 2, "bad": 3}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        tokenizer = train_tokenizer(["some text to see"], 257).tokenizer
+        tokenizer.add_tokens([AddedToken("</s>", special=False)])
+    given = CorpusTokenizer(tokenizer, "</s>")
+    documents = [Document.of("a", "see </s> bad </s>"), Document.of("b", "see bad")]
+    (_, first), (_, second) = parts._tokenize(documents, given, "uint16")
+    for tokens in (first, second):
+        assert (tokens == given.end_id).sum() == 1 and tokens[-1] == given.end_id
+    assert len(first) > len(second)
+    unknown = CorpusTokenizer(tokenizer, "<unk>")
+    if kind == "words":
+        with pytest.raises(UserError, match="b: the tokenizer makes its end token '<unk>' out of ordinary text"):
+            list(parts._tokenize([Document.of("b", "never seen")], unknown, "uint16"))
+
+
+def test_tokenizers_are_trained_on_training_texts_alone(settings: Make, texts: list[str], tmp_path: Path) -> None:
+    preparation = prepare.plan_preparation(settings(tmp_path), seed=3)
+    rule = SplitRule(3, 0.2, 0.1)
+    wanted = [text for text in texts if rule.split(Document.of("", text)) == "train"]
+    found = list(preparation.worker(tmp_path).training_texts(preparation.parts(), 1 << 30))
+    assert 50 < len(wanted) < len(texts) and sorted(found) == sorted(wanted)
+
+
+def test_a_prepared_corpus_is_found_without_its_source(settings: Make, texts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = settings(tmp_path / "made", path=str(path))
+    folder, manifest = prepare_corpus(made, seed=3)
+    hashes_of_it = {"corpus": manifest.corpus_sha256, "tokenizer": manifest.tokenizer_sha256}
+    prepare_corpus(made, seed=4)
+    path.unlink()
+    assert find_corpus(made, hashes_of_it) == (folder, manifest)
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"is not in .*made: give its folder as data\.corpus"):
+        find_corpus(made, hashes_of_it)
+    assert find_corpus(made.model_copy(update={"corpus": str(moved)}), hashes_of_it) == (moved, manifest)
+
+
+def test_counts_that_do_not_add_up_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    content = json.loads((corpus[0] / "manifest.json").read_text())
+    content["splits"]["train"]["tokens"] += 1000
+    for damaged in (content, {**content, "files": []}, {**content, "index_sha256": None}):
+        (tmp_path / "manifest.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="cannot read"):
+            read_manifest(tmp_path)

@@ -75,6 +75,7 @@ def test_jsonl_plain_and_compressed_in_a_folder(tmp_path: Path) -> None:
         ('["x"]', "no field"),
         ('{"body": 3}', "holds int, not text"),
         ("\udcff", "not JSON"),
+        ('{"body": "x", "more": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -127,9 +128,33 @@ def test_folder_of_texts(tmp_path: Path) -> None:
     assert len(source.parts(1)) == len(WANTED)
     assert _texts(_open("folder", tmp_path, files="**/*.md")) == ["left out"]
     assert _texts(_open("folder", tmp_path / "0" / "0.txt")) == ["one"]
+    (tmp_path / "0" / "0.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")  # a mark of its encoding is no text
+    assert _texts(_open("folder", tmp_path / "0" / "0.txt")) == ["a\r\nb\rc\n"]
     (tmp_path / "0" / "0.txt").write_bytes(b"latin \xe9")
     with pytest.raises(UserError, match=r"0/0.txt is not UTF-8 text .* at byte 6"):
         _texts(source)
+
+
+def test_linked_folders_are_read_once_and_names_with_brackets_are_names(tmp_path: Path) -> None:
+    for name in ("data/a", "data/z", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"{name[-1]}.txt").write_text(f"text in {name}")
+    (tmp_path / "data" / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "z")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    wanted = ["text in data/a", "text in data/z", "text in elsewhere/deep"]
+    assert sorted(_texts(_open("folder", tmp_path / "data"))) == wanted
+    (tmp_path / "data" / "[1].txt").write_text("brackets")
+    assert _texts(_open("folder", tmp_path / "data" / "[1].txt")) == ["brackets"]
+    assert _texts(_open("folder", tmp_path / "data", files="a/*.txt")) == ["text in data/a"]
+
+
+def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    content = _jsonl(tmp_path / "x").read_bytes()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(content) + packer.flush())  # without the content's size
+    assert _texts(_open("jsonl", tmp_path / "a.jsonl.zst", text_field="body")) == WANTED
 
 
 def test_parquet_is_divided_at_row_groups(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ def test_cursor_of_another_order_is_refused(make: Make) -> None:
         make(split="validation").load_state_dict(state)
     with pytest.raises(UserError, match="shuffle_seed"):
         make(plan=replace(PLAN, shuffle_seed=None)).load_state_dict(state)
+    with pytest.raises(UserError, match="shuffle_stretch"):
+        make(plan=replace(PLAN, stretch_tokens=128)).load_state_dict(state)
+    with pytest.raises(UserError, match="shuffle_group"):
+        make(plan=replace(PLAN, group=PLAN.group + 1)).load_state_dict(state)
     with pytest.raises(UserError, match="sample"):
         make().load_state_dict({key: value for key, value in state.items() if key != "sample"})
 
@@ -134,7 +138,10 @@ def test_separate_documents(make: Make, corpus: Corpus, workers: int) -> None:
             begin = (2 * number + place) * 64
             assert batch.tokens_BT[place].tolist() == stream.tokens[begin : begin + 64].tolist()
             assert batch.documents_BT[place].tolist() == stream.documents[begin : begin + 64].tolist()
-            assert batch.positions_BT[place].tolist() == stream.positions[begin : begin + 64].tolist()
+            # Counted from the sequence's beginning in a document that began before it.
+            inside = stream.documents[begin : begin + 64] == stream.documents[begin]
+            first = stream.positions[begin] * inside
+            assert batch.positions_BT[place].tolist() == (stream.positions[begin : begin + 64] - first).tolist()
             for column in range(64):
                 here = begin + column
                 is_last = stream.documents[here + 1] != stream.documents[here]

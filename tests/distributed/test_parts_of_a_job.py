@@ -72,6 +72,7 @@ def test_further_parts_are_saved_and_a_failed_one_leaves_nothing_half(found: dic
         "said": [],
         "restored": True,
         "same": True,
+        "generators": True,
     }
 
 

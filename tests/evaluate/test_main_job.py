@@ -38,6 +38,8 @@ def test_overrides_go_to_both_trainings() -> None:
 def test_the_twin_gets_no_memory() -> None:
     nano, plain, _ = commands("model.memory_layers=[2]")
     assert nano.endswith("model.memory_layers=[2]") and "memory" not in plain
+    nano, plain, _ = commands("model.pkm_layers=[1]")
+    assert nano.endswith("model.pkm_layers=[1]") and "pkm" not in plain
 
 
 @pytest.mark.parametrize("arguments", ["--config configs/train/other.yaml", "run_directory=runs/x", "--help"])

@@ -122,15 +122,15 @@ def test_whatever_determines_a_measurement_is_in_its_key() -> None:
     assert all(len(key) == 1 for key in found) and len(set().union(*found)) == len(found)
 
 
-def test_a_measurement_is_that_of_one_replica_and_one_way_of_stretching(tmp_path: Path) -> None:
+def test_a_measurement_is_that_of_one_checkpoint_one_replica_and_one_way_of_stretching(tmp_path: Path) -> None:
     config = load_train_config(NANO)
     model = dataclasses.replace(config.model, mixers=("full_attention",))
     config = config.model_copy(update={"model": model})
-    run = TrainedRun(tmp_path, config, tmp_path, 1, 1, {}, "identity")
 
-    def identity(**changes: Any) -> str:
+    def identity(checkpoint: str = "one", **changes: Any) -> str:
+        run = TrainedRun(tmp_path, config, tmp_path, 1, 1, {}, checkpoint)
         evaluation = config.evaluation.model_copy(update=changes)
         measurement = Measurement(config.model_copy(update={"evaluation": evaluation}), [run], None)  # type: ignore[arg-type]
         return json.dumps(measurement._identity("run", 4096), sort_keys=True)
 
-    assert len({identity(), identity(replica=1), identity(rope_scaling=2.0)}) == 3
+    assert len({identity(), identity(checkpoint="two"), identity(replica=1), identity(rope_scaling=2.0)}) == 4

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_fwpkm.config import load_train_config
 from megatron_fwpkm.evaluate.intervals import wilson
+from megatron_fwpkm.evaluate.loading import TrainedRun
 from megatron_fwpkm.evaluate.plan import NeedleRow
-from megatron_fwpkm.evaluate.report import Meter, merge_summary, needle_table
+from megatron_fwpkm.evaluate.report import Findings, Meter, merge_summary, needle_table
 from megatron_fwpkm.evaluate.training_record import read_training
 
 
@@ -58,3 +61,16 @@ def test_needle_table_has_a_column_for_each_number_of_readings() -> None:
     assert [column.header for column in table.columns] == ["model", "tokens", "right", "0", "2"]
     assert list(table.columns[4].cells)[:2] == ["25 [7, 59]", "12 [2, 47]"]
     assert list(table.columns[4].cells)[2:] == ["", ""]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_directories(tmp_path: Path) -> None:
+    config = load_train_config(Path(__file__).parents[2] / "configs" / "train" / "nano.yaml")
+    runs = {
+        key: TrainedRun(tmp_path / key, config, tmp_path, 1, 1, {}, key)  # a preset with another run_directory
+        for key in ("run", "twin")
+    }
+    findings = Findings(runs, config, [], {}, [], [], {})
+    assert findings.names() == {"run": str(tmp_path / "run"), "twin": str(tmp_path / "twin")}
+    plain = config.model_copy(update={"name": "plain"})
+    other = Findings({**runs, "twin": replace(runs["twin"], config=plain)}, config, [], {}, [], [], {})
+    assert other.names() == {"run": "nano", "twin": "plain"}

@@ -46,6 +46,13 @@ def test_plan_counts_what_the_model_has() -> None:
     assert (plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes) == (2 * slow, 2 * slow, 6 * slow)
 
 
+def test_plan_counts_untied_embeddings_as_the_model_does() -> None:
+    config = _nano("model.tied_embeddings=false")
+    plan = make_plan(config)
+    count = Decoder(config.model, padded_vocabulary(4096, 1), TorchBackend(), config.seed).num_parameters()
+    assert (plan.slow, plan.fast, plan.active_per_token) == (count.slow, count.fast, count.active_per_token)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"heads": 2, "topk": 2}, {"chunk_size": "sequence"}, {"gradient_clip": True}, {"reset": "per_sequence"}],

@@ -37,16 +37,26 @@ def test_stop_by_signal_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_run_resumes_with_its_own_configuration_only(tmp_path: Path) -> None:
     config = load_train_config(NANO, [f"run_directory={tmp_path}"])
-    check_same_configuration(tmp_path, config)
     write_description(tmp_path, config, {"processes": 2, "speed": math.nan})
     allowed = ["logging.every=3", "checkpoint.keep=5", "training.stop_after_step=4", "evaluation.sequences=64"]
     allowed.append("data.workers=2")
     check_same_configuration(tmp_path, load_train_config(NANO, [f"run_directory={tmp_path}", *allowed]))
-    with pytest.raises(UserError, match=r"optimizer\.learning_rate \(.*, 0\.5\)"):
-        check_same_configuration(
-            tmp_path, load_train_config(NANO, [f"run_directory={tmp_path}", "optimizer.learning_rate=0.5"])
-        )
+    for override in (
+        *("optimizer.learning_rate=0.5", "training.precision=bf16", "training.gradient_accumulation=2", "seed=7"),
+        *("training.steps=700", "model.window=8", "model.memory.topk=4", "data.sequence_length=512"),
+    ):
+        key, value = override.split("=")
+        with pytest.raises(UserError, match=rf"{key.replace('.', '[.]')} \(.*, '?{value}'?\)"):
+            check_same_configuration(tmp_path, load_train_config(NANO, [f"run_directory={tmp_path}", override]))
     assert json.loads((tmp_path / "environment.json").read_text()) == {"processes": 2, "speed": None}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a: [", b"- 1", b"hello", b"\xff\xfe\x00"])
+def test_a_run_without_readable_settings_is_not_resumed(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml .* restore it to resume"):
+        check_same_configuration(tmp_path, load_train_config(NANO, []))
 
 
 def test_plain_display_shows_and_logs_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:

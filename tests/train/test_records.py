@@ -38,8 +38,11 @@ def test_metrics_drop_what_will_be_made_again(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, resumed_step=0, every=2) as metrics:
         for step in range(1, 6):
             metrics.write(step, {"train/loss": float(step)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "tra')  # cut short by a crash
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "tra')  # cut short by a crash
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    lines[1:1] = [b"\xff\xfe\x00{}", b'{"loss": 3.0}', b"[1]"]  # damage costs no other line
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     with MetricsWriter(tmp_path, resumed_step=3, every=2) as metrics:
         metrics.write(4, {"train/loss": 40.0})
     assert [(record["step"], record["train/loss"]) for record in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -229,3 +232,15 @@ def test_measured_peak_is_plausible_and_leaves_the_generator_alone() -> None:
     peak = device_peak(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     assert 1e8 < peak.flops < 1e14 and peak.source.startswith("measured")
+
+
+def test_samples_of_a_model_that_forgets_at_documents(tmp_path: Path) -> None:
+    config = DecoderConfig(
+        hidden_size=16,
+        layers=1,
+        memory_layers=(0,),
+        memory=MemoryConfig(heads=1, topk=2, n_subkeys=8, k_dim=8, v_dim=8, chunk_size=4, reset="per_document"),
+    )
+    prompts_BT = torch.arange(12).view(2, 6)
+    tokens_BT = continue_greedily(Decoder(config, 64, TorchBackend(initial_std=0.5), seed=1), prompts_BT, 3, 50)
+    assert tokens_BT.shape == (2, 9) and torch.equal(tokens_BT[:, :6], prompts_BT)

@@ -62,6 +62,7 @@ def test_wsd_may_have_no_stable_phase_and_no_warmup() -> None:
         (["optimizer.pkm_values_learning_rate=0"], "optimizer.pkm_values_learning_rate"),
         (["training.sliding_probability=1.5"], "training.sliding_probability"),
         (["training.precision=bf16", "training.zero_stage=0"], "training.zero_stage"),
+        (["model.pkm_layers=[0]", "model.pkm.sparse_gradients=false"], "set model.pkm.sparse_gradients=true"),
     ],
 )
 def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:

@@ -58,3 +58,11 @@ def test_no_output_at_all_is_no_failure(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(["sh", "-c", command, sys.executable, SCRIPT, str(log)], check=True, env=environment)
     assert "standard output" not in log.read_text() and "ready" in log.read_text()
+
+
+def test_letters_that_the_terminal_lacks_are_replaced(tmp_path: Path) -> None:
+    script = 'from megatron_fwpkm.terminal import new_console, print_line\nprint_line("r\u00e4u")\n'
+    script += 'new_console().print("r\u00e4u \u2502")'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.splitlines() == ["r?u", "r?u ?"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,12 +78,12 @@ def list_files(path: str, pattern: str) -> list[SourceFile]:
     Ordered by name. Raises UserError if there is none.
     """
     if Path(path).is_dir():
-        root, found = Path(path), sorted(Path(path).glob(pattern))
+        root, found = Path(path), _files_below(Path(path), pattern)
+    elif Path(path).is_file():
+        root, found = Path(path).parent, [Path(path)]
     elif glob.has_magic(path):
         first_magic = next(index for index, part in enumerate(Path(path).parts) if glob.has_magic(part))
         root, found = Path(*Path(path).parts[:first_magic]), sorted(map(Path, glob.glob(path, recursive=True)))
-    elif Path(path).is_file():
-        root, found = Path(path).parent, [Path(path)]
     else:
         raise UserError(f"there is no {path}; give an existing folder, file or glob as data.path")
     files = [_describe(file, root) for file in found if file.is_file()]
@@ -90,6 +91,26 @@ def list_files(path: str, pattern: str) -> list[SourceFile]:
         within = f"no file in {path} matches data.files {pattern!r}" if Path(path).is_dir() else f"no file is {path}"
         raise UserError(f"{within}; give data.path and data.files that match the text files")
     return files
+
+
+def _files_below(root: Path, pattern: str) -> list[Path]:
+    """What matches a pattern below a folder, in linked folders too: pathlib's `**` leaves those out."""
+    if not pattern.startswith("**/"):
+        return sorted(map(Path, glob.glob(str(Path(glob.escape(str(root)), pattern)), recursive=True)))
+    found: set[Path] = set()
+    seen: set[Path] = set()
+    waiting = [root]
+    while waiting:  # the folder itself, then those that links lead to and that are not inside it already
+        top = waiting.pop(0)
+        if top.resolve() in seen:
+            continue
+        found.update(top.glob(pattern))
+        links: list[Path] = []
+        for folder, subfolders, _ in os.walk(top):
+            seen.add(Path(folder).resolve())
+            links += [path for path in (Path(folder, name) for name in subfolders) if path.is_symlink()]
+        waiting += sorted(links)
+    return sorted(found)
 
 
 def _describe(path: Path, root: Path) -> SourceFile:

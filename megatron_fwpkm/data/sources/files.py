@@ -85,7 +85,7 @@ class FolderSource:
         """The file's text."""
         path = Path(self._root, piece.name)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8-sig")  # line ends as they are
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it, or leave it out by "

@@ -17,6 +17,8 @@ _COMPRESSED = (".gz", ".zst")
 _EXPANSION = 4
 """Bytes of text in a byte of a compressed file, about: only for grouping small files."""
 _READ_BYTES = 1 << 16
+_LARGEST_WINDOW = 1 << 31
+"""Bytes: what `zstd --long=31` needs; the library's own limit refuses such files."""
 
 
 class JsonLinesSource(FieldFiles):
@@ -71,7 +73,7 @@ class JsonLinesSource(FieldFiles):
         where = f"{path}, line at byte {position}"
         try:
             record: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); data.source jsonl needs one object a line") from error
         if not isinstance(record, dict) or self._text_field not in record:
             names = ", ".join(map(str, record)) if isinstance(record, dict) else "none, it is no object"
@@ -89,7 +91,9 @@ def _open(path: Path, opened: ExitStack) -> IO[bytes]:
     if path.suffix == ".zst":
         import zstandard
 
-        stream = _ZstandardFrames(file, lambda: zstandard.ZstdDecompressor().decompressobj())
+        stream = _ZstandardFrames(
+            file, lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+        )
         return cast(IO[bytes], opened.enter_context(io.BufferedReader(stream, _READ_BYTES)))
     return file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -168,6 +169,7 @@ def check_parts(job: Job) -> dict[str, object]:
     store = CheckpointStore(folder, 2, job.topology, job.engine, job.model, parts)
     state = JobState(1, 512, 0, None, [], job.loader.state_dict(), job.corpus, job.topology.world_size)
     store.save(state)
+    drawn = [torch.rand(3).tolist(), random.random()]
     counter.value, counter.broken = 0, rank == 1
     failed = ""
     try:
@@ -184,6 +186,7 @@ def check_parts(job: Job) -> dict[str, object]:
         "said": said,
         "restored": everywhere(counter.value == 10 + rank),
         "same": found is not None and found[1] == state,
+        "generators": everywhere([torch.rand(3).tolist(), random.random()] == drawn),
     }
 
 
