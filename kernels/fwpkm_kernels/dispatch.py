@@ -67,29 +67,33 @@ def _select(operation: str, operand: Tensor) -> Callable[..., Any]:
     return table["torch"]
 
 
-def gather_weighted_sum(rows_UD: Tensor, index_XP: Tensor, weight_XP: Tensor) -> Tensor:
+def gather_weighted_sum(
+    rows_UD: Tensor, index_XP: Tensor, weight_XP: Tensor, offsets_X: Tensor | None = None
+) -> Tensor:
     """out[x] = sum_p weight[x, p] * rows[index[x, p]].
 
-    Shapes: rows [U, D], index [X, P] int64, weight [X, P] of the rows' dtype; returns [X, D]. Deterministic.
+    Shapes: rows [U, D], index [X, P] int64, weight [X, P] of the rows' dtype; or index and weight [E] of a ragged index
+    with its offsets [X + 1] (see plan.py); returns [X, D]. Deterministic.
     """
-    return _select("gather_weighted_sum", rows_UD)(rows_UD, index_XP, weight_XP)
+    return _select("gather_weighted_sum", rows_UD)(rows_UD, index_XP, weight_XP, offsets_X)
 
 
 def scatter_weighted_add(segments: Segments, source_XD: Tensor, weight_XP: Tensor) -> Tensor:
     """out[i] = sum over all (x, p) with index[x, p] = i of weight[x, p] * source[x].
 
-    Shapes: source [X, D], weight [X, P]; `segments` is the sorted order of the index [X, P]; returns [U, D].
+    Shapes: source [X, D], weight [X, P] or ragged [E]; `segments` is the sorted order of the index; returns [U, D].
     Deterministic: each output row is one sum in the order of the flattened index.
     """
     return _select("scatter_weighted_add", source_XD)(segments, source_XD, weight_XP)
 
 
-def gather_dot(rows_UD: Tensor, index_XP: Tensor, source_XD: Tensor) -> Tensor:
+def gather_dot(rows_UD: Tensor, index_XP: Tensor, source_XD: Tensor, offsets_X: Tensor | None = None) -> Tensor:
     """out[x, p] = <rows[index[x, p]], source[x]>.
 
-    Shapes: rows [U, D], index [X, P] int64, source [X, D]; returns [X, P]. Deterministic.
+    Shapes: rows [U, D], index [X, P] int64 (or ragged [E] with its offsets [X + 1]), source [X, D]; returns the index's
+    shape. Deterministic.
     """
-    return _select("gather_dot", rows_UD)(rows_UD, index_XP, source_XD)
+    return _select("gather_dot", rows_UD)(rows_UD, index_XP, source_XD, offsets_X)
 
 
 def product_key_topk(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score_type: str) -> ProductKeyTopk:

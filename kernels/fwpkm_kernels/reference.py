@@ -6,8 +6,16 @@ from torch import Tensor
 from fwpkm_kernels.topk import IDW_EPSILON
 
 
-def gather_weighted_sum(rows_UD: Tensor, index_XP: Tensor, weight_XP: Tensor) -> Tensor:
+def gather_weighted_sum(
+    rows_UD: Tensor, index_XP: Tensor, weight_XP: Tensor, offsets_X: Tensor | None = None
+) -> Tensor:
     """out[x] = sum_p weight[x, p] * rows[index[x, p]]."""
+    if offsets_X is not None:
+        out = rows_UD.new_zeros(offsets_X.numel() - 1, rows_UD.shape[1])
+        for x in range(out.shape[0]):
+            for e in range(int(offsets_X[x]), int(offsets_X[x + 1])):
+                out[x] += weight_XP[e] * rows_UD[index_XP[e]]
+        return out
     return (rows_UD[index_XP] * weight_XP.unsqueeze(-1)).sum(1)
 
 
@@ -20,8 +28,14 @@ def scatter_weighted_add(num_rows: int, index_XP: Tensor, source_XD: Tensor, wei
     return out
 
 
-def gather_dot(rows_UD: Tensor, index_XP: Tensor, source_XD: Tensor) -> Tensor:
+def gather_dot(rows_UD: Tensor, index_XP: Tensor, source_XD: Tensor, offsets_X: Tensor | None = None) -> Tensor:
     """out[x, p] = <rows[index[x, p]], source[x]>."""
+    if offsets_X is not None:
+        out = source_XD.new_zeros(index_XP.shape)
+        for x in range(offsets_X.numel() - 1):
+            for e in range(int(offsets_X[x]), int(offsets_X[x + 1])):
+                out[e] = rows_UD[index_XP[e]] @ source_XD[x]
+        return out
     return (rows_UD[index_XP] * source_XD.unsqueeze(1)).sum(-1)
 
 

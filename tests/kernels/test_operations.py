@@ -45,6 +45,32 @@ def test_sums_and_dots(rows: int, queries: int, pairs: int, width: int, seed: in
     close(scatter_weighted_add(plan.segments, source, weight), scattered[plan.slots_U])
 
 
+@settings(max_examples=100, deadline=None)
+@given(rows=sizes, counts=st.lists(st.integers(0, 9), min_size=1, max_size=9), width=sizes, seed=st.integers(0, 10**6))
+def test_ragged_sums_and_dots(rows: int, counts: list[int], width: int, seed: int) -> None:
+    """Queries with different numbers of pairs, none included."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    number, queries = sum(counts), len(counts)
+    table = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    index = torch.randint(0, rows, (number,), generator=generator)
+    weight = torch.randn(number, generator=generator, dtype=torch.float64)
+    source = torch.randn(queries, width, generator=generator, dtype=torch.float64)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-13, atol=1e-13)
+    summed = reference.gather_weighted_sum(table, index, weight, offsets)
+    close(gather_weighted_sum(table, index, weight, offsets), summed)
+    close(gather_dot(table, index, source, offsets), reference.gather_dot(table, index, source, offsets))
+    plan = plan_slots(index, offsets)
+    assert torch.equal(plan.slots_U[plan.inverse_XP], index)
+    assert torch.equal(plan.counts_U, torch.bincount(index, minlength=rows)[plan.slots_U])
+    query_of_pair = torch.repeat_interleave(torch.arange(queries), torch.tensor(counts))
+    assert torch.equal(plan.by_pair(source[:, 0]), source[query_of_pair, 0])
+    wanted = torch.zeros_like(table)
+    for pair in range(number):
+        wanted[index[pair]] += weight[pair] * source[query_of_pair[pair]]
+    close(scatter_weighted_add(plan.segments, source, weight), wanted[plan.slots_U])
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     n=st.integers(1, 40),
