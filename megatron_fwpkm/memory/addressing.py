@@ -25,6 +25,7 @@ from fwpkm_kernels import (
     scatter_weighted_add,
 )
 from megatron_fwpkm.memory.config import MemoryConfig
+from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
 
 ENTROPY_EPSILON = 1e-8
 
@@ -49,7 +50,7 @@ class Address:
 def split_queries(query_MXHk: Tensor) -> Tensor:
     """[M, X, H, k_dim] to halves [G, X, d], contiguous."""
     halves = query_MXHk.unflatten(-1, (2, -1)).permute(0, 2, 3, 1, 4)
-    return halves.reshape(-1, query_MXHk.shape[1], halves.shape[-1])
+    return halves.flatten(0, 2).contiguous()
 
 
 def merge_queries(query_GXd: Tensor, memories: int) -> Tensor:
@@ -160,7 +161,7 @@ def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
     """[G * n]: sums of one number for each pair, by sub-key. (bincount on CPU adds in order.)"""
     rows = plan.segments.offsets.numel() - 1
     if value_GXK.device.type == "cpu":
-        return torch.bincount(plan.index_GXK.reshape(-1), value_GXK.reshape(-1), minlength=rows)
+        return torch.bincount(plan.index_GXK.reshape(-1), value_GXK.reshape(-1), minlength=rows).to(value_GXK.dtype)
     ones = value_GXK.new_ones(value_GXK.shape[0] * value_GXK.shape[1], 1)
     return scatter_weighted_add(plan.segments, ones, value_GXK.reshape(-1, value_GXK.shape[-1])).squeeze(1)
 
@@ -173,25 +174,30 @@ class Usage:
         mean_M2n: mean share of each sub-key over tokens and heads, per memory and half
     """
 
-    def __init__(self, top: ProductKeyTopk, memories: int, config: MemoryConfig) -> None:
-        self.memories, self.heads = memories, config.heads
+    def __init__(
+        self, top: ProductKeyTopk, memories: int, tokens: int, config: MemoryConfig, group: MemoryGroup = LOCAL
+    ) -> None:
+        """`tokens` of one memory, on all ranks of the group; `top` has this rank's."""
+        self.memories, self.heads, self._group = memories, config.heads, group
         self.n_subkeys = config.n_subkeys
         self.loss_weight = config.addressing_loss_weight if config.has_addressing_loss else 0.0
         self.share_GXK = top.sub_score.softmax(-1)
-        groups, tokens, _ = top.sub_index.shape
         self.rows = tokens * config.heads
-        group = torch.arange(groups, device=top.sub_index.device)
+        place = torch.arange(top.sub_index.shape[0], device=top.sub_index.device)
         # Heads are pooled: (memory, head, half) -> (memory, half).
-        pooled = torch.div(group, 2 * config.heads, rounding_mode="floor") * 2 + group % 2
+        pooled = torch.div(place, 2 * config.heads, rounding_mode="floor") * 2 + place % 2
         self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
         self.mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
 
     def _pool(self, value_GXK: Tensor) -> Tensor:
-        """Sum numbers of pairs by (memory, half, sub-key), in a fixed order."""
+        """Sum numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
+        return self._group.sum(self._pool_own(value_GXK))
+
+    def _pool_own(self, value_GXK: Tensor) -> Tensor:
         bins = self.memories * 2 * self.n_subkeys
         index, value = self.bin_GXK.reshape(-1), value_GXK.reshape(-1)
         if value.device.type == "cpu":
-            return torch.bincount(index, value, minlength=bins)
+            return torch.bincount(index, value, minlength=bins).to(value.dtype)  # of nothing it counts integers
         return scatter_weighted_add(
             plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1), value.unsqueeze(1)
         ).squeeze(1)

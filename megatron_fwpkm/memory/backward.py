@@ -11,9 +11,10 @@ from torch import Tensor
 from fwpkm_kernels import ProductKeyTopk, Segments, SlotPlan, gather_dot, scatter_weighted_add
 from megatron_fwpkm.memory import addressing, chunk
 from megatron_fwpkm.memory.addressing import Address, Usage
-from megatron_fwpkm.memory.chunk import ChunkRead, ChunkWrite
+from megatron_fwpkm.memory.chunk import ChunkRead, ChunkSpan, ChunkWrite
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
+from megatron_fwpkm.memory.routing import MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 
 
@@ -60,7 +61,8 @@ class CallContext:
     statistics: MemoryStatistics | None
     trace: MemoryTrace | None
     keep_graph: bool
-    chunks: list[tuple[int, int]] = field(default_factory=list)
+    group: MemoryGroup
+    spans: list[ChunkSpan]
     decays: list[float] = field(default_factory=list)
     keys_shape: torch.Size = field(default_factory=torch.Size)
 
@@ -71,11 +73,14 @@ SAVED_TENSORS = (
     *("slots", "inverse", "counts", "order", "offsets", "rows"),
     *("step", "write_weight", "unclipped_rows", "unclipped_keys"),
 )
+# Over a group of ranks: what has arrived on the row side, and then the route's own.
+SAVED_ON_THE_ROW_SIDE = ("row_weight", "row_queries", "row_offsets", "row_write_weight", "row_error")
 
 
 def chunk_queries(query_BCHk: Tensor, memories: int) -> Tensor:
     """[B, C, H, k] of a chunk to halves [G, X, d]."""
-    return addressing.split_queries(query_BCHk.reshape(memories, -1, *query_BCHk.shape[2:]))
+    per_memory = query_BCHk.shape[0] // memories * query_BCHk.shape[1]  # may be 0: no place for a -1
+    return addressing.split_queries(query_BCHk.reshape(memories, per_memory, *query_BCHk.shape[2:]))
 
 
 class CallBackward:
@@ -93,10 +98,12 @@ class CallBackward:
     ) -> None:
         self.call, self.config, self.memories = call, call.config, call.keys_shape[0]
         self.query, self.target, self.gate, self.mask, self.output = query, target, gate, mask, output
-        width = len(SAVED_TENSORS)
-        self.saved: list[dict[str, Any]] = [
-            dict(zip(SAVED_TENSORS, saved[i : i + width], strict=True)) for i in range(0, len(saved), width)
-        ]
+        names = SAVED_TENSORS if call.group.size == 1 else SAVED_TENSORS + SAVED_ON_THE_ROW_SIDE
+        width = len(saved) // len(call.spans)
+        self.saved: list[dict[str, Any]] = []
+        for first in range(0, len(saved), width):
+            of_chunk = saved[first : first + width]
+            self.saved.append({**dict(zip(names, of_chunk, strict=False)), "route": tuple(of_chunk[len(names) :])})
         # One compact table for the gradients of all rows of the call.
         slots = [tensors["slots"] for tensors in self.saved]
         self.slots, position = torch.unique(torch.cat(slots), return_inverse=True)
@@ -117,42 +124,44 @@ class CallBackward:
             self._report_memory_gradient()
         return of_query, of_target, of_gate
 
-    def _rebuild(self, index: int) -> tuple[ChunkRead, ChunkWrite, slice]:
+    def _rebuild(self, index: int) -> tuple[ChunkRead, ChunkWrite, ChunkSpan]:
         """The chunk's read and write from what was saved; cheap parts are computed again."""
-        start, end = self.call.chunks[index]
-        piece, tensors = slice(start, end), self.saved[index]
+        span, tensors = self.call.spans[index], self.saved[index]
         top = ProductKeyTopk(
             tensors["sub_index"], tensors["sub_score"], tensors["rank"], tensors["slot_score"], tensors["slot_score"]
         )
-        segments = Segments(tensors["order"], tensors["offsets"], tensors["inverse"].shape[1])
-        plan = SlotPlan(tensors["slots"], tensors["inverse"], tensors["counts"], segments)
-        read_BCD = self.output[:, piece]
-        query = chunk_queries(self.query[:, piece], self.memories)
-        read = ChunkRead(
-            Address(query, top, tensors["inverse"], tensors["weight"]), plan, tensors["rows"], read_BCD.flatten(0, 1)
-        )
-        error = chunk.lookahead_errors(read_BCD, self.target[:, piece], self.config.lookahead)
+        queries = tensors.get("row_queries", tensors["inverse"].shape[-1])
+        segments = Segments(tensors["order"], tensors["offsets"], queries)
+        offsets = tensors.get("row_offsets")
+        plan = SlotPlan(tensors["slots"], tensors["inverse"], tensors["counts"], segments, offsets)
+        route = self.call.group.restore(plan, tensors.get("row_weight", tensors["weight"]), tensors["route"])
+        read_BCD = self.output[:, span.tokens]
+        query = chunk_queries(self.query[:, span.tokens], self.memories)
+        # Nobody asks for the slots' numbers any more.
+        address = Address(query, top, tensors["inverse"], tensors["weight"])
+        read = ChunkRead(address, route, tensors["rows"], read_BCD.flatten(0, 1))
+        error = chunk.lookahead_errors(read_BCD, self.target[:, span.targets]).flatten(0, 1)
         write = ChunkWrite(
             tensors["write_weight"],
-            error.flatten(0, 1),
+            error,
+            tensors.get("row_write_weight", tensors["write_weight"]),
+            tensors.get("row_error", error),
             tensors["step"],
             tensors["unclipped_rows"],
             self.call.decays[index],
         )
-        return read, write, piece
+        return read, write, span
 
     def _chunk(
         self, index: int, output_gradient: Tensor, of_query: Tensor, of_target: Tensor, of_gate: Tensor | None
     ) -> None:
         config, last = self.config, index == len(self.saved) - 1
-        read, write, piece = self._rebuild(index)
-        batch, length = output_gradient.shape[0], piece.stop - piece.start
-        pairs = batch // self.memories * max(length - config.lookahead, 0)
+        read, write, span = self._rebuild(index)
         memories = self.memories
-        gradient_YD = output_gradient[:, piece].flatten(0, 1)
-        zero_pairs = torch.zeros_like(read.address.weight_YP)
+        pairs = output_gradient.shape[0] // memories * span.pairs
+        gradient_YD = output_gradient[:, span.tokens].flatten(0, 1)
         error_gradient = torch.zeros_like(gradient_YD)
-        weight_gradient, slot_weight = torch.zeros_like(write.weight_Y), zero_pairs
+        weight_gradient, slot_weight = torch.zeros_like(write.weight_Y), torch.zeros_like(read.route.weight)
         key_result = None
         extra_rows = None
         if not last:  # the last chunk's write changes nothing that this call outputs
@@ -160,19 +169,21 @@ class CallBackward:
             gradient_YD, error_gradient, weight_gradient, slot_weight = chunk.backward_values(
                 read, write, gradient_YD, rows, config
             )
-            key_result = self._keys(index, read, write, pairs)
+            key_result = self._keys(index, read, write, span, pairs)
             if key_result is not None and key_result.memory is not None:
                 of_error, of_weight, extra_rows = key_result.memory
                 gradient_YD = gradient_YD + of_error
                 error_gradient = error_gradient + of_error
                 weight_gradient = weight_gradient + of_weight
-        slot_weight = slot_weight + gather_dot(read.rows_UD, read.plan.inverse_XP, gradient_YD)
-        self._add_row_gradient(index, read, gradient_YD, extra_rows, write.decay)
+        gradient_QD, _ = read.route.to_rows(gradient_YD)
+        slot_weight = slot_weight + gather_dot(read.rows_UD, read.plan.inverse_XP, gradient_QD, read.plan.offsets_X)
+        self._add_row_gradient(index, read, gradient_QD, extra_rows, write.decay)
+        slot_weight_YP = read.route.reads_to_tokens(slot_weight)
         score = addressing.heads_last(read.address.top.score, memories)
-        of_score = addressing.score_gradient_from_weights(read.address.weight_YP, score, slot_weight, config)
+        of_score = addressing.score_gradient_from_weights(read.address.weight_YP, score, slot_weight_YP, config)
         by_head = addressing.heads_first(of_score, memories, config.heads)
-        self._queries_and_keys(index, read, by_head, key_result, of_query[:, piece])
-        self._targets_and_gates(piece, error_gradient, weight_gradient, of_target, of_gate)
+        self._queries_and_keys(index, read, by_head, key_result, of_query[:, span.tokens])
+        self._targets_and_gates(span, error_gradient, weight_gradient, of_target, of_gate)
 
     def _rows_after_write(self, index: int) -> Tensor:
         """dL/d of the chunk's rows after its write."""
@@ -185,11 +196,11 @@ class CallBackward:
         return rows
 
     def _add_row_gradient(
-        self, index: int, read: ChunkRead, gradient_YD: Tensor, extra_UD: Tensor | None, decay: float
+        self, index: int, read: ChunkRead, gradient_QD: Tensor, extra_UD: Tensor | None, decay: float
     ) -> None:
         """Row gradients before the chunk: decayed, plus what the chunk's reads contribute."""
         position = self.positions[index]
-        change = scatter_weighted_add(read.plan.segments, gradient_YD, read.address.weight_YP)
+        change = scatter_weighted_add(read.plan.segments, gradient_QD, read.route.weight)
         if extra_UD is not None:
             change += extra_UD
         if decay == 1:
@@ -198,8 +209,12 @@ class CallBackward:
         self.row_gradient.index_copy_(0, position, self._rows_after_write(index).mul_(decay).add_(change))
         self.row_stamp[position] = index
 
-    def _keys(self, index: int, read: ChunkRead, write: ChunkWrite, pairs: int) -> _KeyBackward | None:
-        """Backward of the sub-keys' step; advances `key_gradient` by the step's direct terms."""
+    def _keys(self, index: int, read: ChunkRead, write: ChunkWrite, span: ChunkSpan, pairs: int) -> _KeyBackward | None:
+        """Backward of the sub-keys' step.
+
+        `key_gradient` becomes what passes the step as it is, the same on all ranks; what this rank's tokens add to it
+        waits in the result.
+        """
         config, memories, tensors = self.config, self.memories, self.saved[index]
         after, decay = self.key_gradient, self.call.decays[index]
         if after is None:
@@ -211,15 +226,14 @@ class CallBackward:
         if tensors["unclipped_keys"] is not None:
             cotangent = cotangent * tensors["unclipped_keys"]
         address, keys = read.address, tensors["keys"].flatten(0, 2)
-        usage = Usage(address.top, memories, config)
-        slope = None
-        if not config.values_only:
-            slope = chunk.memory_slope(read, write.weight_Y, write.error_YD, pairs)
+        tokens = self.query.shape[0] // memories * span.length
+        usage = Usage(address.top, memories, tokens, config, self.call.group)
+        slope = None if config.values_only else chunk.memory_slope(read, write, pairs)
         inner = chunk.inner_score_gradient(usage, read, slope, memories, config)
         plan = addressing.plan_subkeys(address.top, config.n_subkeys)
         step = addressing.key_gradient_backward(address.query_GXd, keys, address.top, plan, inner, cotangent, config)
-        self.key_gradient = after * decay if step.keys_Gnd is None else step.keys_Gnd.add_(after, alpha=decay)
-        result = _KeyBackward(plan, step.query_GXd, step.sub_score_GXK)
+        self.key_gradient = after * decay
+        result = _KeyBackward(plan, step.query_GXd, step.sub_score_GXK, step.keys_Gnd)
         if config.has_addressing_loss:
             result.add_score(usage.score_gradient_backward(step.cotangent_GXK))
         if slope is not None and pairs:
@@ -269,20 +283,26 @@ class CallBackward:
         if index == 0 and self.call.trace is None:
             return  # nobody asks for the gradient of the memory at the start
         of_keys = addressing.key_gradient(address.query_GXd, keys, address.top, plan, of_score, config)
+        if step is not None and step.keys_Gnd is not None:
+            of_keys = step.keys_Gnd.add_(of_keys)
+        of_keys = self.call.group.sum(of_keys)
         self.key_gradient = of_keys if self.key_gradient is None else of_keys.add_(self.key_gradient)
 
     def _targets_and_gates(
-        self, piece: slice, error_gradient: Tensor, weight_gradient: Tensor, of_target: Tensor, of_gate: Tensor | None
+        self,
+        span: ChunkSpan,
+        error_gradient: Tensor,
+        weight_gradient: Tensor,
+        of_target: Tensor,
+        of_gate: Tensor | None,
     ) -> None:
-        batch, length = of_target.shape[0], piece.stop - piece.start
-        pairs = max(length - self.config.lookahead, 0)
-        by_token = error_gradient.view(batch, length, -1)[:, :pairs]
-        of_target[:, piece][:, self.config.lookahead :][:, :pairs] = -by_token
+        batch, pairs = of_target.shape[0], span.own_pairs
+        of_target[:, span.targets] = -error_gradient.view(batch, span.own_length, self.config.v_dim)[:, :pairs]
         if of_gate is not None and self.config.weigh_write_by_gate:
-            gate = weight_gradient.view(batch, length)[:, :pairs]
+            gate = weight_gradient.view(batch, span.own_length)[:, :pairs]
             if self.mask is not None:
-                gate = gate * self.mask[:, piece][:, :pairs]
-            of_gate[:, piece][:, :pairs] = gate
+                gate = gate * self.mask[:, span.tokens][:, :pairs]
+            of_gate[:, span.tokens][:, :pairs] = gate
 
     def _report_memory_gradient(self) -> None:
         assert self.call.trace is not None and self.key_gradient is not None
@@ -300,6 +320,7 @@ class _KeyBackward:
     plan: addressing.SubkeyPlan
     query_GXd: Tensor
     sub_score_GXK: Tensor | None
+    keys_Gnd: Tensor | None = None  # of the sub-keys before the step, directly
     slot_score_GXK: Tensor | None = None
     memory: tuple[Tensor, Tensor, Tensor] | None = None  # of the errors, write weights and rows
 

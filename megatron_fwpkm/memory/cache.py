@@ -12,13 +12,14 @@ shared memory is committed.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fwpkm_kernels import ProductKeyTopk, plan_slots
+from fwpkm_kernels import ProductKeyTopk
 from megatron_fwpkm.memory import addressing, chunk
 from megatron_fwpkm.memory.addressing import Address, Usage
 from megatron_fwpkm.memory.chunk import ChunkRead
@@ -26,6 +27,7 @@ from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.inputs import check_inputs
 from megatron_fwpkm.memory.overlay import Overlay
+from megatron_fwpkm.memory.routing import LOCAL, LocalRoute
 
 
 @dataclass
@@ -190,25 +192,26 @@ class MemoryCache:
         tokens, read = _join(self._waiting), self._join_reads()
         batch, length, memories = self.batch, len(tokens), self.view.memories
         read_BCD = read.read_YD.view(batch, length, -1)
-        error = chunk.lookahead_errors(read_BCD, tokens.target, self.config.lookahead).flatten(0, 1)
-        weight_BC = chunk.write_weights(tokens.gate, tokens.mask, read_BCD, self.config)
-        scale = chunk.write_scale(tokens.mask, batch, length, memories, self.config)
-        step = chunk.row_steps(read.plan, scale, error.dtype, self.config)
-        self._write(read, weight_BC, error, step, max(length - self.config.lookahead, 0))
+        span = chunk.chunk_span(0, length, self.config.lookahead)
+        error = chunk.lookahead_errors(read_BCD, tokens.target[:, span.targets]).flatten(0, 1)
+        weight_BC = chunk.write_weights(tokens.gate, tokens.mask, read_BCD, span.pairs, self.config)
+        scale = chunk.write_scale(tokens.mask, batch, span, memories, self.config)
+        step = chunk.row_steps(read.plan, scale, error.dtype, self.config.num_slots, self.config)
+        self._write(read, weight_BC, error, step, span.pairs)
         self._waiting, self._num_waiting, self._reads = [], 0, []
 
     def _write(self, read: ChunkRead, weight_BC: Tensor, error_YD: Tensor, step_U: Tensor, pairs: int) -> None:
         weight_Y = weight_BC.flatten()
-        slope = None
-        if not self.config.values_only:
-            slope = chunk.memory_slope(read, weight_Y, error_YD, self.batch // self.view.memories * pairs)
+        per_memory = self.batch // self.view.memories
+        tokens = read.address.query_GXd.shape[1]
         if self.trace is not None:
             loss = (weight_Y * error_YD.square().mean(1)).view(self.batch, -1)
             self.trace.losses.append(loss[:, :pairs])
-            usage = Usage(read.address.top, self.view.memories, self.config)
+            usage = Usage(read.address.top, self.view.memories, tokens, self.config)
             self.trace.addressing_losses.append(usage.loss_M())
-        chunk.write_values(read, self.view, weight_Y, error_YD, step_U, self.config)
-        chunk.write_keys(read, self.view, slope, self.config)
+        written = chunk.write_values(read, self.view, weight_Y, error_YD, step_U, self.config)
+        slope = None if self.config.values_only else chunk.memory_slope(read, written, per_memory * pairs)
+        chunk.write_keys(read, self.view, slope, tokens, self.config)
 
     def _join_reads(self) -> ChunkRead:
         """The waiting reads as one chunk. They all saw the memory as it still is."""
@@ -239,9 +242,9 @@ class MemoryCache:
             join_all([a.slot_YP for a in addresses]),
             join_all([a.weight_YP for a in addresses]),
         )
-        plan = plan_slots(address.slot_YP)
-        rows_UD = self.view.read_rows(plan.slots_U)
-        return ChunkRead(address, plan, rows_UD, join_all([r.read_YD for r in self._reads]))
+        route = LOCAL.route(address.slot_YP, address.weight_YP)
+        rows_UD = self.view.read_rows(route.plan.slots_U)
+        return ChunkRead(address, route, rows_UD, join_all([r.read_YD for r in self._reads]))
 
     # -- official -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class MemoryCache:
         position = position.clamp_max(current.plan.slots_U.numel() - 1)
         found = current.plan.slots_U[position] == read.plan.slots_U
         counts = current.plan.counts_U[position].where(found, 1)
-        read.plan = type(read.plan)(read.plan.slots_U, read.plan.inverse_XP, counts, read.plan.segments)
-        step = chunk.row_steps(read.plan, scale, error.dtype, config)
+        read.route = LocalRoute(dataclasses.replace(read.plan, counts_U=counts), read.route.weight)
+        step = chunk.row_steps(read.plan, scale, error.dtype, config.num_slots, config)
         self._write(read, weight_BC, error, step, pairs)
         self._waiting, self._num_waiting = ([queue[pairs:].clone()], lookahead) if lookahead else ([], 0)

@@ -1,9 +1,11 @@
 """One chunk of the memory: read, write, and the backward pass of both, on touched rows only.
 
-Plain functions on tensors; `functional.py` runs them over a sequence under autograd, `cache.py` at inference.
+Plain functions on tensors; `functional.py` runs them over a sequence under autograd, `cache.py` at inference. They hold
+for one rank and for a group over which the slots are spread: see routing.py for the two sides, tokens and rows.
 
-Letters: B sequences, C tokens of the chunk, M memories (1 or B), X = B * C / M tokens of one memory, Y = B * C,
-P = heads * topk reads of a token, U touched rows, D value width, G = M * heads * 2, n sub-keys, d = k_dim / 2.
+Letters: B sequences, C tokens of the chunk on this rank, M memories (1 or B), X = B * C / M tokens of one memory,
+Y = B * C, P = heads * topk reads of a token, Q and E (token, owner) pairs and reads on the row side, U touched rows,
+D value width, G = M * heads * 2, n sub-keys, d = k_dim / 2.
 """
 
 from dataclasses import dataclass
@@ -11,11 +13,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, plan_slots, scatter_weighted_add
+from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, scatter_weighted_add
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.addressing import Address, SubkeyPlan, Usage
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
+from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup, Route
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """One chunk of a call: which tokens this rank has of it, and how many all ranks have.
+
+    Attributes:
+        tokens: this rank's tokens, as columns of queries, gates and masks
+        targets: the values that they are written with, as columns of the targets; the tokens that have one come first
+        length: tokens of a sequence in the chunk, on all ranks
+        pairs: those that have a target
+    """
+
+    tokens: slice
+    targets: slice
+    length: int
+    pairs: int
+
+    @property
+    def own_length(self) -> int:
+        """This rank's tokens of a sequence."""
+        return self.tokens.stop - self.tokens.start
+
+    @property
+    def own_pairs(self) -> int:
+        """Those that have a target."""
+        return self.targets.stop - self.targets.start
+
+
+def chunk_bounds(tokens: int, config: MemoryConfig) -> list[tuple[int, int]]:
+    """First and last (exclusive) token of each chunk; the last one may be short."""
+    size = tokens if config.chunk_size == "sequence" else int(config.chunk_size)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1))]
+
+
+def chunk_span(start: int, end: int, lookahead: int) -> ChunkSpan:
+    """The chunk of tokens start .. end - 1, all of them on this rank, in the targets' own order."""
+    pairs = max(end - start - lookahead, 0)
+    return ChunkSpan(slice(start, end), slice(end - pairs, end), end - start, pairs)
 
 
 @dataclass
@@ -24,15 +66,20 @@ class ChunkRead:
 
     Attributes:
         address: slots and weights of every token
-        plan: the distinct slots
-        rows_UD: their values before the write
+        route: the way to the rows
+        rows_UD: values of this rank's rows before the write
         read_YD: the weighted sums
     """
 
     address: Address
-    plan: SlotPlan
+    route: Route
     rows_UD: Tensor
     read_YD: Tensor
+
+    @property
+    def plan(self) -> SlotPlan:
+        """This rank's rows and the reads that address them."""
+        return self.route.plan
 
 
 @dataclass
@@ -42,6 +89,7 @@ class ChunkWrite:
     Attributes:
         weight_Y: write weight of each token (gate * mask; 0 without a target)
         error_YD: read minus lookahead target (0 without a target)
+        weight_Q, error_QD: the same on the row side
         step_U: learning rate * scale / reads of each row
         unclipped_UD: where the gradient clamp let the gradient through; None without clamp
         decay: factor of weight decay
@@ -49,6 +97,8 @@ class ChunkWrite:
 
     weight_Y: Tensor
     error_YD: Tensor
+    weight_Q: Tensor
+    error_QD: Tensor
     step_U: Tensor
     unclipped_UD: Tensor | None
     decay: float
@@ -64,51 +114,58 @@ class ChunkGradients:
     keys_Gnd: Tensor | None
 
 
-def read_chunk(query_GXd: Tensor, view: MemoryView, config: MemoryConfig) -> ChunkRead:
+def read_chunk(query_GXd: Tensor, view: MemoryView, config: MemoryConfig, group: MemoryGroup = LOCAL) -> ChunkRead:
     """Read the memory as it is now (semantics A.1-4)."""
     address = addressing.address(query_GXd, view.keys_MH2nd, config)
-    plan = plan_slots(address.slot_YP)
+    route = group.route(address.slot_YP, address.weight_YP)
+    plan = route.plan
     rows_UD = view.read_rows(plan.slots_U)
-    read_YD = gather_weighted_sum(rows_UD, plan.inverse_XP, address.weight_YP)
-    return ChunkRead(address, plan, rows_UD, read_YD)
+    read_YD = route.to_tokens(gather_weighted_sum(rows_UD, plan.inverse_XP, route.weight, plan.offsets_X))
+    return ChunkRead(address, route, rows_UD, read_YD)
 
 
-def write_weights(gate_BC: Tensor | None, mask_BC: Tensor | None, like_BCD: Tensor, config: MemoryConfig) -> Tensor:
-    """[B, C] weights of the write at the query positions; 0 for the last `lookahead` tokens of the chunk."""
+def write_weights(
+    gate_BC: Tensor | None, mask_BC: Tensor | None, like_BCD: Tensor, pairs: int, config: MemoryConfig
+) -> Tensor:
+    """[B, C] weights of the write at the query positions; 0 behind the first `pairs` tokens, which have a target."""
     batch, length = like_BCD.shape[:2]
     weight = like_BCD.new_ones(batch, length)
     if gate_BC is not None and config.weigh_write_by_gate:
         weight *= gate_BC
     if mask_BC is not None:
         weight *= mask_BC
-    weight[:, max(length - config.lookahead, 0) :] = 0
+    weight[:, pairs:] = 0
     return weight
 
 
-def lookahead_errors(read_BCD: Tensor, target_BCD: Tensor, lookahead: int) -> Tensor:
-    """[B, C, D] read of token t minus target of token t + lookahead; 0 for the last `lookahead` tokens."""
-    pairs = max(read_BCD.shape[1] - lookahead, 0)
+def lookahead_errors(read_BCD: Tensor, target_BND: Tensor) -> Tensor:
+    """[B, C, D] reads of the first N tokens minus the targets; 0 for those behind, which have none."""
+    pairs = target_BND.shape[1]
     error = torch.zeros_like(read_BCD)
-    torch.sub(read_BCD[:, :pairs], target_BCD[:, lookahead:][:, :pairs], out=error[:, :pairs])
+    torch.sub(read_BCD[:, :pairs], target_BND, out=error[:, :pairs])
     return error
 
 
-def write_scale(mask_BC: Tensor | None, batch: int, length: int, memories: int, config: MemoryConfig) -> float | Tensor:
+def write_scale(
+    mask_BC: Tensor | None, batch: int, span: ChunkSpan, memories: int, config: MemoryConfig, group: MemoryGroup = LOCAL
+) -> float | Tensor:
     """samples * K * H / pairs of semantics A.6, of each memory: a number, or [M] with a mask."""
-    pairs = batch // memories * max(length - config.lookahead, 0)
+    pairs = batch // memories * span.pairs
     if pairs == 0:
         return 0.0
     if mask_BC is None:
-        return batch // memories * length * config.reads_per_token / pairs
-    samples = mask_BC[:, : length - config.lookahead].unflatten(0, (memories, -1)).sum((1, 2))
+        return batch // memories * span.length * config.reads_per_token / pairs
+    samples = group.sum(mask_BC[:, : span.own_pairs].unflatten(0, (memories, -1)).sum((1, 2)))
     return samples.double() * (config.reads_per_token / pairs)
 
 
-def row_steps(plan: SlotPlan, scale: float | Tensor, dtype: torch.dtype, config: MemoryConfig) -> Tensor:
-    """[U] learning rate * scale / reads of each row."""
+def row_steps(
+    plan: SlotPlan, scale: float | Tensor, dtype: torch.dtype, num_slots: int, config: MemoryConfig
+) -> Tensor:
+    """[U] learning rate * scale / reads of each row, of tables with `num_slots` rows a memory."""
     reads_U = plan.counts_U.to(dtype)
     if isinstance(scale, Tensor):
-        memory_U = torch.div(plan.slots_U, config.num_slots, rounding_mode="floor")
+        memory_U = torch.div(plan.slots_U, num_slots, rounding_mode="floor")
         return config.learning_rate * scale.to(dtype)[memory_U] / reads_U
     return config.learning_rate * scale / reads_U
 
@@ -118,25 +175,28 @@ def write_values(
 ) -> ChunkWrite:
     """One step of the memory loss on the rows that were read (semantics A.6-7)."""
     decay = 1 - config.learning_rate * config.weight_decay
+    plan, error, weight = read.plan, *read.route.to_rows(error_YD, weight_Y)
+    assert weight is not None
     # The step goes into the weights of the pairs: one pass over the rows less.
-    pair_weight = read.address.weight_YP * weight_Y.unsqueeze(1) * step_U[read.plan.inverse_XP]
+    pair_weight = read.route.weight * plan.by_pair(weight) * step_U[plan.inverse_XP]
     unclipped = None
     if config.gradient_clip and config.learning_rate > 0:
-        change_UD = scatter_weighted_add(read.plan.segments, error_YD, pair_weight / config.learning_rate)
+        change_UD = scatter_weighted_add(plan.segments, error, pair_weight / config.learning_rate)
         unclipped = change_UD.abs() <= 1
         change_UD.clamp_(-1, 1).mul_(-config.learning_rate)
     else:
-        change_UD = scatter_weighted_add(read.plan.segments, error_YD, -pair_weight)
-    view.write_rows(read.plan.slots_U, read.rows_UD, change_UD, decay)
-    return ChunkWrite(weight_Y, error_YD, step_U, unclipped, decay)
+        change_UD = scatter_weighted_add(plan.segments, error, -pair_weight)
+    view.write_rows(plan.slots_U, read.rows_UD, change_UD, decay)
+    return ChunkWrite(weight_Y, error_YD, weight, error, step_U, unclipped, decay)
 
 
-def memory_slope(read: ChunkRead, weight_Y: Tensor, error_YD: Tensor, pairs: int) -> Tensor:
+def memory_slope(read: ChunkRead, write: ChunkWrite, pairs: int) -> Tensor:
     """[Y, P] derivative of half the mean memory loss with respect to the slot weights (values_only=False)."""
     if pairs == 0:
         return torch.zeros_like(read.address.weight_YP)
-    along = gather_dot(read.rows_UD, read.plan.inverse_XP, error_YD)
-    return along * (weight_Y / (pairs * error_YD.shape[1])).unsqueeze(1)
+    along = gather_dot(read.rows_UD, read.plan.inverse_XP, write.error_QD, read.plan.offsets_X)
+    share_Y = write.weight_Y / (pairs * write.error_YD.shape[1])
+    return read.route.reads_to_tokens(along) * share_Y.unsqueeze(1)
 
 
 @dataclass
@@ -163,9 +223,19 @@ def inner_score_gradient(
     return gradient
 
 
-def write_keys(read: ChunkRead, view: MemoryView, slope_YP: Tensor | None, config: MemoryConfig) -> KeyWrite:
-    """One step of the addressing loss (and, with `slope_YP`, of the memory loss) on the sub-keys (semantics A.8-9)."""
-    usage = Usage(read.address.top, view.memories, config)
+def write_keys(
+    read: ChunkRead,
+    view: MemoryView,
+    slope_YP: Tensor | None,
+    tokens: int,
+    config: MemoryConfig,
+    group: MemoryGroup = LOCAL,
+) -> KeyWrite:
+    """One step of the addressing loss (and, with `slope_YP`, of the memory loss) on the sub-keys (semantics A.8-9).
+
+    `tokens` of one memory, on all ranks; every rank takes the same step.
+    """
+    usage = Usage(read.address.top, view.memories, tokens, config, group)
     decay = 1 - config.learning_rate * config.weight_decay
     keys = view.keys_MH2nd
     if not config.moves_keys:
@@ -176,6 +246,7 @@ def write_keys(read: ChunkRead, view: MemoryView, slope_YP: Tensor | None, confi
     plan = addressing.plan_subkeys(read.address.top, config.n_subkeys)
     keys_Gnd = keys.flatten(0, 2)
     gradient = addressing.key_gradient(read.address.query_GXd, keys_Gnd, read.address.top, plan, score, config)
+    gradient = group.sum(gradient)
     unclipped = None
     if config.gradient_clip:
         unclipped = gradient.abs() <= 1
@@ -195,17 +266,18 @@ def backward_values(
     """Backward of the write, the part that does not touch the scores' own chain.
 
     `row_gradient_UD` is dL/d of the rows after the write. Returns dL/d read [Y, D] (in all), dL/d error of the write
-    [Y, D], dL/d write weight [Y], and dL/d slot weight [Y, P] of the write.
+    [Y, D], dL/d write weight [Y], and, on the row side, dL/d slot weight of the write.
     """
     through = row_gradient_UD
     if write.unclipped_UD is not None:
         through = through * write.unclipped_UD
-    weight, inverse = read.address.weight_YP, read.plan.inverse_XP
-    step_YP = write.step_U[inverse]
-    change_YD = gather_weighted_sum(through, inverse, weight * step_YP)  # rho: how the tokens' error moves the loss
+    plan = read.plan
+    inverse, offsets, step = plan.inverse_XP, plan.offsets_X, write.step_U[plan.inverse_XP]
+    # rho: how the tokens' error moves the loss
+    change_YD = read.route.to_tokens(gather_weighted_sum(through, inverse, read.route.weight * step, offsets))
     error_gradient = -write.weight_Y.unsqueeze(1) * change_YD
     weight_gradient = -(change_YD * write.error_YD).sum(1)
-    slot_weight = -(step_YP * write.weight_Y.unsqueeze(1)) * gather_dot(through, inverse, write.error_YD)
+    slot_weight = -(step * plan.by_pair(write.weight_Q)) * gather_dot(through, inverse, write.error_QD, offsets)
     return output_gradient_YD + error_gradient, error_gradient, weight_gradient, slot_weight
 
 
@@ -214,10 +286,10 @@ def backward_memory_slope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiates `memory_slope`: dL/d error [Y, D], dL/d write weight [Y], dL/d rows [U, D]."""
     share = 1 / (pairs * write.error_YD.shape[1])
-    inverse = read.plan.inverse_XP
-    weighted = slope_cotangent_YP * (write.weight_Y * share).unsqueeze(1)
-    of_error = gather_weighted_sum(read.rows_UD, inverse, weighted)
-    along = gather_dot(read.rows_UD, inverse, write.error_YD)
+    plan, route = read.plan, read.route
+    weighted = route.reads_to_rows(slope_cotangent_YP * (write.weight_Y * share).unsqueeze(1))
+    of_error = route.to_tokens(gather_weighted_sum(read.rows_UD, plan.inverse_XP, weighted, plan.offsets_X))
+    along = route.reads_to_tokens(gather_dot(read.rows_UD, plan.inverse_XP, write.error_QD, plan.offsets_X))
     of_weight = (slope_cotangent_YP * along).sum(1) * share
-    of_rows = scatter_weighted_add(read.plan.segments, write.error_YD, weighted)
+    of_rows = scatter_weighted_add(plan.segments, write.error_QD, weighted)
     return of_error, of_weight, of_rows

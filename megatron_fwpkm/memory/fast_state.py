@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_fwpkm.memory.config import MemoryConfig, Reset
 from megatron_fwpkm.memory.overlay import Overlay, usable_in_training
+from megatron_fwpkm.memory.routing import owned_slots
 from megatron_fwpkm.memory.undo import UndoLog
 
 _FOLD_BELOW = 2.0**-20
@@ -33,6 +34,8 @@ class MemoryView(Protocol):
     """What a call reads and writes: the base itself or an overlay of `memories` memories over it."""
 
     memories: int
+    num_slots: int
+    """Rows of one memory in this rank's table."""
 
     @property
     def keys_MH2nd(self) -> Tensor:
@@ -65,6 +68,19 @@ class Snapshot:
     scale: float
 
 
+def _draw_owned(table_ND: Tensor, owned_N: Tensor, config: MemoryConfig, generator: torch.Generator) -> None:
+    """Fill a rank's rows with those of a whole table, drawn line by line of sub-keys: the whole may not fit here."""
+    n, width = config.n_subkeys, table_ND.shape[1]
+    # The generator makes 16 normal numbers at a time: longer lines of other lengths would come out differently.
+    lines = 1 if n * width % 16 == 0 else n
+    deviation = 1 / math.sqrt(config.v_dim)
+    table_ND.zero_()
+    for first in range(0, n, lines):
+        drawn = torch.empty(lines * n, width, dtype=table_ND.dtype).normal_(0, deviation, generator=generator)
+        places = ((owned_N >= first * n) & (owned_N < (first + lines) * n)).nonzero().view(-1)
+        table_ND[places] = drawn[owned_N[places] - first * n]
+
+
 class FastState:
     """Owner of K1, K2 (`keys_H2nd`) and V (`table_ND`) of one layer.
 
@@ -80,12 +96,23 @@ class FastState:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        """Under `torch.device("meta")` the state has shapes only."""
+        """Under `torch.device("meta")` the state has shapes only.
+
+        With several `ranks` the table has the slots of this one alone (`routing.owned_slots`), with the values that
+        they have in a whole table of the same seed; sub-keys are whole.
+        """
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the fast state is float32 (or float64 in tests), not {dtype}")
         self.config = config
-        self.num_slots, self.v_dim = config.num_slots, config.v_dim
+        if not 0 <= rank < ranks <= config.n_subkeys:
+            raise ValueError(f"rank {rank} of {ranks}: slots of {config.n_subkeys} sub-keys go to 1 to that many ranks")
+        self.owned = None if ranks == 1 else owned_slots(config.n_subkeys, rank, ranks)
+        """Slots of the rows, -1 for a row that is none's; None for all in order."""
+        self.num_slots = config.num_slots if self.owned is None else self.owned.numel()
+        self.v_dim = config.v_dim
         self.memories = 1
         self.version = 0  # number of writes, kept in files
         self.generation = 0  # changes with every change, never goes back: how overlays notice
@@ -93,10 +120,13 @@ class FastState:
         self.num_folds = 0
         generator = torch.Generator().manual_seed(seed)
         keys = torch.empty(config.heads, 2, config.n_subkeys, config.k_dim // 2, dtype=dtype)
-        table = torch.empty(self.num_slots, self.v_dim, dtype=dtype)
+        table = torch.empty(config.num_slots if ranks == 1 else self.num_slots, self.v_dim, dtype=dtype)
         if not keys.is_meta:
             keys.uniform_(-1 / math.sqrt(config.k_dim), 1 / math.sqrt(config.k_dim), generator=generator)
-            table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
+            if self.owned is None:
+                table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
+            else:
+                _draw_owned(table, self.owned, config, generator)
             keys, table = keys.to(device), table.to(device)
         self.keys_H2nd, self.table_ND = keys, table
         self._log: UndoLog | None = None

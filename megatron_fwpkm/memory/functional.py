@@ -16,19 +16,19 @@ from torch.autograd.function import once_differentiable
 from megatron_fwpkm.memory import chunk
 from megatron_fwpkm.memory.addressing import Address
 from megatron_fwpkm.memory.backward import CallBackward, CallContext, MemoryGradient, MemoryTrace, chunk_queries
-from megatron_fwpkm.memory.chunk import ChunkRead
+from megatron_fwpkm.memory.chunk import ChunkRead, ChunkSpan, chunk_bounds, chunk_span
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
 from megatron_fwpkm.memory.inputs import check_inputs
+from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 
 __all__ = ["MemoryGradient", "MemoryTrace", "chunk_bounds", "fast_memory"]
 
 
-def chunk_bounds(tokens: int, config: MemoryConfig) -> list[tuple[int, int]]:
-    """First and last (exclusive) token of each chunk; the last one may be short."""
-    size = tokens if config.chunk_size == "sequence" else int(config.chunk_size)
-    return [(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1))]
+def chunk_spans(tokens: int, config: MemoryConfig) -> list[ChunkSpan]:
+    """The chunks of a sequence that is whole on this rank."""
+    return [chunk_span(start, end, config.lookahead) for start, end in chunk_bounds(tokens, config)]
 
 
 def fast_memory(
@@ -41,25 +41,35 @@ def fast_memory(
     *,
     statistics: MemoryStatistics | None = None,
     trace: MemoryTrace | None = None,
+    group: MemoryGroup = LOCAL,
+    spans: list[ChunkSpan] | None = None,
 ) -> Tensor:
     """Read and write a memory, chunk after chunk; returns the reads [B, T, D] (semantics A, gradients as B).
 
     Shapes: query [B, T, H, k_dim]; target [B, T, D], every token's own value (the lookahead shift happens inside);
     gate [B, T] or None; mask [B, T] bool or None. The view has one memory for the batch or one for each sequence.
     When a call fails, what it wrote to the fast state is taken back.
+
+    Over a `group` of ranks each has its tokens of every chunk, and `spans` say which: `target` then holds the targets
+    of those tokens, in their order. All ranks of the group call this together.
+
     Computes in the memory's dtype whatever the inputs' dtype and autocast; the result has the target's dtype.
 
     Raises:
         ValueError: wrong shapes or dtypes; with `check_finite`, NaN or infinity in an input.
         RuntimeError: called while a backward pass runs, as activation checkpointing does: that would write twice.
     """
-    check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config)
+    if spans is None:
+        spans = chunk_spans(query_BTHk.shape[1], config)
+        check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config)
+    else:
+        check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config, sum(span.own_pairs for span in spans))
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "the memory was called inside a backward pass, as activation checkpointing does to recompute: it would "
             "write twice. Leave memory layers out of checkpointed regions"
         )
-    if query_BTHk.shape[0] == 0 or query_BTHk.shape[1] == 0:
+    if query_BTHk.shape[0] == 0 or not any(span.length for span in spans):
         return target_BTD.clone()  # as empty as the result
     dtype = view.keys_MH2nd.dtype
     if statistics is not None:
@@ -68,7 +78,7 @@ def fast_memory(
         query, target = query_BTHk.to(dtype), target_BTD.to(dtype)
         gate = None if gate_BT is None else gate_BT.to(dtype)
         keep_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, target, gate))
-        call = CallContext(view, config, statistics, trace, keep_graph)
+        call = CallContext(view, config, statistics, trace, keep_graph, group, spans)
         read_BTD = _FastMemory.apply(query, target, gate, mask_BT, call)
     return read_BTD.to(target_BTD.dtype)
 
@@ -83,20 +93,19 @@ class _FastMemory(torch.autograd.Function):
         losses: list[Tensor] = []
         addressing_losses: list[Tensor] = []
         traced: list[Address] = []
-        call.chunks = chunk_bounds(query.shape[1], call.config)
         call.keys_shape = call.view.keys_MH2nd.shape
-        for start, end in call.chunks:
-            piece = slice(start, end)
-            part = [None if t is None else t[:, piece] for t in (query, target, gate, mask)]
-            read, tensors, loss, addressing_loss = _forward_chunk(part, call)
-            reads.append(read.read_YD.view(query.shape[0], end - start, -1))
+        for span in call.spans:
+            gate_BC, mask_BC = (None if t is None else t[:, span.tokens] for t in (gate, mask))
+            part = (query[:, span.tokens], target[:, span.targets], gate_BC, mask_BC)
+            read, tensors, loss, addressing_loss = _forward_chunk(part, span, call)
+            reads.append(read.read_YD.view(query.shape[0], span.own_length, call.config.v_dim))
             losses.append(loss)
             addressing_losses.append(addressing_loss)
             if call.keep_graph:
                 saved.extend(tensors)
             if call.trace is not None:
                 traced.append(read.address)
-        output = torch.cat(reads, 1) if reads else torch.zeros_like(target)
+        output = torch.cat(reads, 1)
         if call.statistics is not None:
             call.statistics.finish_call(losses, addressing_losses, gate)
         if call.trace is not None and reads:
@@ -117,34 +126,35 @@ class _FastMemory(torch.autograd.Function):
 
 
 def _forward_chunk(
-    part: list[Tensor | None], call: CallContext
+    part: tuple[Tensor, Tensor, Tensor | None, Tensor | None], span: ChunkSpan, call: CallContext
 ) -> tuple[ChunkRead, list[Tensor | None], Tensor, Tensor]:
     """Read and write one chunk. Returns the read, what backward needs, losses [B, pairs] and the addressing loss."""
     query, target, gate, mask = part
-    assert query is not None and target is not None
-    view, config = call.view, call.config
+    view, config, group = call.view, call.config, call.group
     batch, length = query.shape[:2]
-    pairs = max(length - config.lookahead, 0)
+    per_memory = batch // view.memories
     keys = view.keys_MH2nd
-    read = chunk.read_chunk(chunk_queries(query, view.memories), view, config)
-    read_BCD = read.read_YD.view(batch, length, -1)
-    error = chunk.lookahead_errors(read_BCD, target, config.lookahead).flatten(0, 1)
-    weight = chunk.write_weights(gate, mask, read_BCD, config)
-    loss = (weight.flatten() * error.square().mean(1)).view(batch, length)[:, :pairs]
-    slope = None
-    if not config.values_only:
-        slope = chunk.memory_slope(read, weight.flatten(), error, batch // view.memories * pairs)
-    scale = chunk.write_scale(mask, batch, length, view.memories, config)
-    step = chunk.row_steps(read.plan, scale, error.dtype, config)
+    read = chunk.read_chunk(chunk_queries(query, view.memories), view, config, group)
+    read_BCD = read.read_YD.view(batch, length, config.v_dim)
+    error = chunk.lookahead_errors(read_BCD, target).flatten(0, 1)
+    weight = chunk.write_weights(gate, mask, read_BCD, span.own_pairs, config)
+    loss = (weight.flatten() * error.square().mean(1)).view(batch, length)[:, : span.own_pairs]
+    scale = chunk.write_scale(mask, batch, span, view.memories, config, group)
+    step = chunk.row_steps(read.plan, scale, error.dtype, view.num_slots, config)
     written = chunk.write_values(read, view, weight.flatten(), error, step, config)
-    key_write = chunk.write_keys(read, view, slope, config)
+    slope = None if config.values_only else chunk.memory_slope(read, written, per_memory * span.pairs)
+    key_write = chunk.write_keys(read, view, slope, per_memory * span.length, config, group)
     addressing_loss = key_write.usage.loss_M().mean()
     if call.statistics is not None:
         call.statistics.add_chunk(read.plan, view.memories)
-    top, plan = read.address.top, read.plan
+    top, plan, route = read.address.top, read.plan, read.route
     tensors: list[Tensor | None] = [keys, top.sub_index, top.sub_score, top.rank, top.score, read.address.weight_YP]
     tensors += [plan.slots_U, plan.inverse_XP, plan.counts_U, plan.segments.order, plan.segments.offsets]
     tensors += [read.rows_UD, step, written.weight_Y, written.unclipped_UD, key_write.unclipped_Gnd]
+    if group.size > 1:
+        queries = plan.segments.pairs
+        assert isinstance(queries, Tensor)
+        tensors += [route.weight, queries, plan.offsets_X, written.weight_Q, written.error_QD, *route.saved()]
     call.decays.append(written.decay)
     return read, tensors, loss, addressing_loss
 

@@ -10,9 +10,18 @@ from megatron_fwpkm.memory.fast_state import MemoryView
 
 
 def check_inputs(
-    query: Tensor, target: Tensor, gate: Tensor | None, mask: Tensor | None, view: MemoryView, config: MemoryConfig
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    view: MemoryView,
+    config: MemoryConfig,
+    targets: int | None = None,
 ) -> None:
-    """Raise ValueError for shapes, dtypes or (with `check_finite`) values that the memory can't use."""
+    """Raise ValueError for shapes, dtypes or (with `check_finite`) values that the memory can't use.
+
+    `targets` are the tokens that `target` must have; None means as many as the query.
+    """
     if query.dim() != 4 or query.shape[2:] != (config.heads, config.k_dim):
         raise ValueError(
             f"query has shape {tuple(query.shape)}; expected [batch, tokens, heads = {config.heads}, "
@@ -20,7 +29,7 @@ def check_inputs(
         )
     batch, tokens = query.shape[:2]
     wanted = {
-        "target": (target, (batch, tokens, config.v_dim)),
+        "target": (target, (batch, tokens if targets is None else targets, config.v_dim)),
         "gate": (gate, (batch, tokens)),
         "mask": (mask, (batch, tokens)),
     }

@@ -43,7 +43,7 @@ class Overlay:
     """`memories` independent memories that all start as the base is now. Slot numbers are memory * N + slot."""
 
     def __init__(self, base: FastState, memories: int) -> None:
-        self.base, self.memories = base, memories
+        self.base, self.memories, self.num_slots = base, memories, base.num_slots
         self._keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
         self._base_generation = base.generation
         self._base_factor = base.scale  # what an untouched row is multiplied with
