@@ -55,7 +55,7 @@ def run_evaluation(request: Request) -> None:
     stop = StopRequest()
     end_with_parent()
     config = read_run_config(request.run, request.overrides)
-    ranks = parallel.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
+    ranks = parallel.initialize(config.parallel)
     with ExitStack() as open_things:
         open_things.callback(parallel.shut_down)
         runs = _open_runs(request, config, ranks)

@@ -18,6 +18,8 @@ import torch.distributed
 
 from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
 from megatron_fwpkm.files import is_no_space
+from megatron_fwpkm.memory.placement import ALONE, Placement
+from megatron_fwpkm.parallel.settings import ParallelConfig
 
 RANK_ORDER = "tp-cp-ep-pp-dp"
 """Megatron's axis order that equals DeepSpeed's ["data", "pipe", "model"]: a replica's ranks are consecutive."""
@@ -37,6 +39,14 @@ class Topology:
     """Index of this rank's model copy, 0..replicas-1."""
     replicas: int
     """Number of model copies (data-parallel size)."""
+    tensor_rank: int = 0
+    """This rank among those that the layers are split over."""
+    tensor_ranks: int = 1
+    stage: int = 0
+    """This rank's pipeline stage."""
+    stages: int = 1
+    placement: Placement = ALONE
+    """How memories are spread over ranks."""
 
     @property
     def is_leader(self) -> bool:
@@ -55,23 +65,41 @@ def set_threads(local_world_size: int) -> None:
     torch.set_num_threads(max(1, cores // local_world_size))
 
 
-def initialize(tensor_parallel: int, timeout_seconds: int) -> Topology:
+def check_layout(layout: ParallelConfig, world_size: int) -> None:
+    """Raise SharedUserError, naming the numbers, unless `world_size` processes can be laid out so."""
+    per_replica = layout.tensor * layout.pipeline
+    if world_size % per_replica:
+        raise SharedUserError(
+            f"{world_size} processes can't be divided into replicas of parallel.tensor={layout.tensor} x "
+            f"parallel.pipeline={layout.pipeline} = {per_replica}; start a multiple of {per_replica}"
+        )
+    replicas, together = world_size // per_replica, layout.memory.group_replicas
+    if replicas % together:
+        raise SharedUserError(
+            f"{replicas} replicas ({world_size} processes in groups of {per_replica}) can't be divided into memory "
+            f"groups of {together}, as parallel.memory.group={layout.memory.group} asks; start a multiple of "
+            f"{together * per_replica} processes, or set another group"
+        )
+    if layout.memory.replicas == "synced" and layout.memory.group != "tp" and together != replicas:
+        raise SharedUserError(
+            f"parallel.memory.replicas=synced has all {replicas} replicas write one memory and "
+            f"parallel.memory.group={layout.memory.group} only {together}; set parallel.memory.group=tp_dp_{replicas}, "
+            "or replicas=independent"
+        )
+
+
+def initialize(layout: ParallelConfig) -> Topology:
     """Join the process group named by the launcher's environment and build Megatron's groups on it.
 
-    A rank that waits for another longer than `timeout_seconds` fails instead of hanging. Raises UserError if the
-    number of processes doesn't fit the layout.
+    A rank that waits for another longer than `layout.timeout_seconds` fails instead of hanging. Raises
+    SharedUserError if the number of processes doesn't fit the layout.
     """
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size % tensor_parallel:
-        raise SharedUserError(
-            f"{world_size} processes can't be divided into groups of parallel.tensor={tensor_parallel}; start a "
-            f"multiple of {tensor_parallel}"
-        )
+    check_layout(layout, world_size)
     # The deepspeed launcher has another name for it; streaming, too, looks for this one.
     local_world_size = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     set_threads(local_world_size)
-    deepspeed, parallel_state = _import_engine()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    deepspeed, _ = _import_engine()
     backend = "gloo"
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
@@ -79,27 +107,74 @@ def initialize(tensor_parallel: int, timeout_seconds: int) -> Topology:
                 f"{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each "
                 f"GPU: parallel.processes={torch.cuda.device_count()}"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     if backend == "gloo":
         # DeepSpeed compiles a shared-memory operator at first use: over a minute, for nothing that is used here.
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=layout.timeout_seconds)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return build_groups(layout)
+
+
+def build_groups(layout: ParallelConfig) -> Topology:
+    """Megatron's groups for a layout of the processes that have joined; those of an earlier layout are given up.
+
+    All ranks call this together. Raises SharedUserError if the number of processes doesn't fit.
+    """
+    from megatron.core import parallel_state
+
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    check_layout(layout, world_size)
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
         order=RANK_ORDER,
-        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        distributed_timeout_minutes=max(1, layout.timeout_seconds // 60),
         create_gloo_process_groups=False,
     )
     return Topology(
-        rank=torch.distributed.get_rank(),
+        rank=rank,
         world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         replica=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_ranks=layout.tensor,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=layout.pipeline,
+        placement=_placement(layout, parallel_state.get_tensor_model_parallel_group()),
+    )
+
+
+def _placement(layout: ParallelConfig, tensor_group: torch.distributed.ProcessGroup) -> Placement:
+    """The groups of this rank's memories. A replica's ranks are consecutive, stage by stage (RANK_ORDER)."""
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    per_replica = layout.tensor * layout.pipeline
+    replicas = world_size // per_replica
+    together = replicas if layout.memory.replicas == "synced" else layout.memory.group_replicas
+    memory_group = tensor_group if layout.tensor > 1 else None
+    if together > 1:
+        timeout = timedelta(seconds=layout.timeout_seconds)
+        for first_replica in range(0, replicas, together):
+            for stage in range(layout.pipeline):
+                members = [
+                    replica * per_replica + stage * layout.tensor + tensor_rank
+                    for replica in range(first_replica, first_replica + together)
+                    for tensor_rank in range(layout.tensor)
+                ]
+                group = torch.distributed.new_group(members, timeout=timeout)  # called on all ranks alike
+                if rank in members:
+                    memory_group = group
+    return Placement(
+        tensor_group=tensor_group if layout.tensor > 1 else None,
+        memory_group=memory_group,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        sharding=layout.memory.sharding,
+        routing=layout.memory.routing,
     )
 
 

@@ -61,7 +61,7 @@ def run_job(config: TrainConfig) -> None:
     """
     started = time.perf_counter()
     end_with_parent()
-    ranks = parallel.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
+    ranks = parallel.initialize(config.parallel)
     stop = StopRequest()  # not before: until here there is nothing to save, and a signal may end the process
     run_directory = Path(config.run_directory)
     with ExitStack() as open_things:

@@ -5,19 +5,37 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch.distributed
 
 from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
 from megatron_fwpkm.parallel import topology
+from megatron_fwpkm.parallel.settings import ParallelConfig
 
 
 def test_wrong_number_of_processes_is_refused_before_any_rank_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SharedUserError, match=r"3 processes .* parallel\.tensor=2; start a multiple of 2"):
-        topology.initialize(2, 30)
+    with pytest.raises(SharedUserError, match=r"3 processes .* parallel\.tensor=2 .* = 2; start a multiple of 2"):
+        topology.initialize(ParallelConfig(tensor=2))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "message"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 6, r"6 processes .* tensor=2 x parallel\.pipeline=2 = 4; start a multiple of 4"),
+        ({"tensor": 2, "memory": {"group": "tp_dp_3"}}, 8, r"4 replicas \(8 processes .* groups of 3.* multiple of 6"),
+        ({"memory": {"group": "tp_dp_2", "replicas": "synced"}}, 4, r"all 4 replicas .* only 2; set .*tp_dp_4"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_with_their_numbers(
+    layout: dict[str, Any], processes: int, message: str
+) -> None:
+    with pytest.raises(SharedUserError, match=message):
+        topology.check_layout(ParallelConfig.model_validate(layout), processes)
+    topology.check_layout(ParallelConfig(tensor=2, pipeline=2), 8)
 
 
 @pytest.fixture

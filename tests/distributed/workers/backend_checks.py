@@ -12,11 +12,12 @@ from megatron_fwpkm.config import load_train_config
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.backend import TorchBackend, megatron_backend
+from megatron_fwpkm.parallel.settings import ParallelConfig
 
 
 def main() -> None:
     config = load_train_config(Path(sys.argv[1]))
-    topology.initialize(1, 60)
+    topology.initialize(ParallelConfig(timeout_seconds=60))
     tokens = torch.randint(0, 320, (2, 48), generator=torch.Generator().manual_seed(1))
     results = []
     for backend in (TorchBackend(), megatron_backend(0.02, 1e-5)):

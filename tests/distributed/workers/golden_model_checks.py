@@ -11,11 +11,12 @@ import torch
 from megatron_fwpkm.convert.golden import replay_model_case
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.backend import megatron_backend
+from megatron_fwpkm.parallel.settings import ParallelConfig
 
 
 def main() -> None:
     cases = Path(sys.argv[2])
-    topology.initialize(1, 60)
+    topology.initialize(ParallelConfig(timeout_seconds=60))
     results = [replay_model_case(path, torch.float32, megatron_backend) for path in sorted(cases.glob("*.json"))]
     failed = [f"{result.name} {array.name}" for result in results for array in result.arrays if not array.passed]
     topology.shut_down()

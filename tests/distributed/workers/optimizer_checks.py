@@ -22,6 +22,7 @@ from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer
 from megatron_fwpkm.parallel import topology
+from megatron_fwpkm.parallel.settings import ParallelConfig
 from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.optimizer import is_decayed, parameter_groups
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
@@ -300,7 +301,7 @@ def documents_reach_the_model(model: SmallModel, bundle: EngineBundle, training:
 
 def main() -> None:
     folder, names = Path(sys.argv[2]), sys.argv[3:]
-    ranks = topology.initialize(1, 60)
+    ranks = topology.initialize(ParallelConfig(timeout_seconds=60))
     found = {}
     for name in names:
         check, precision = name.split("_")

@@ -203,7 +203,7 @@ CHECKS: dict[str, Callable[[Job], dict[str, object]]] = {
 
 def main() -> None:
     config = load_train_config(Path(sys.argv[1]))
-    ranks = topology.initialize(config.parallel.tensor, config.parallel.timeout_seconds)
+    ranks = topology.initialize(config.parallel)
     found = {}
     with jobs._shared_scratch(ranks) as scratch:
         for name, check in CHECKS.items():

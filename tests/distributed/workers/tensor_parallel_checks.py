@@ -14,6 +14,7 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import MIXERS, DecoderConfig, DeltaNetConfig
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.backend import Backend, TorchBackend, megatron_backend
+from megatron_fwpkm.parallel.settings import ParallelConfig
 
 CONFIG = DecoderConfig(
     hidden_size=32,
@@ -52,7 +53,7 @@ def share(whole: Tensor, part: Tensor) -> Tensor:
 
 
 def main() -> None:
-    topology.initialize(2, 60)
+    topology.initialize(ParallelConfig(tensor=2, timeout_seconds=60))
     loss, model = run(TorchBackend(0.2))
     split_loss, split = run(megatron_backend(0.2, 1e-5))
     whole, differences, split_names = dict(model.named_parameters()), {"weight": 0.0, "gradient": 0.0}, []
