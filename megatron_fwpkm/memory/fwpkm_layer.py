@@ -9,6 +9,7 @@ Letters: B batch, T tokens, E hidden size, H heads, k = k_dim, D = v_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.memory.backward import MemoryTrace
 from megatron_fwpkm.memory.cache import MemoryCache
 from megatron_fwpkm.memory.config import MemoryConfig, Reset
-from megatron_fwpkm.memory.documents import remember_documents
+from megatron_fwpkm.memory.division import TokenDivision
+from megatron_fwpkm.memory.documents import groups_of_documents
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.functional import fast_memory
 from megatron_fwpkm.memory.norms import RMSNorm
+from megatron_fwpkm.memory.placement import ALONE, Placement
+from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
+from megatron_fwpkm.memory.sharding import Owners, ProcessMemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 
 ZSCORE_EPSILON = 1e-6
@@ -40,6 +45,14 @@ def zscore(x: Tensor) -> Tensor:
     return (centred / (deviation + ZSCORE_EPSILON)).to(x.dtype)
 
 
+def _memory_group(config: MemoryConfig, placement: Placement) -> MemoryGroup:
+    """The ranks that a memory's slots are spread over."""
+    if placement.memory_group is None:
+        return LOCAL
+    owners = Owners(config.n_subkeys, placement.memory_ranks)
+    return ProcessMemoryGroup(placement.memory_group, owners, config.reads_per_token)
+
+
 class FwPKMLayer(nn.Module):
     """An extra sublayer with a fast-weight memory: returns what to add to the residual stream.
 
@@ -50,11 +63,15 @@ class FwPKMLayer(nn.Module):
         linear: makes a projection (in_features, out_features, bias) that returns a tensor
         norm: makes a norm of a given width
         dtype: of the fast state; float64 in tests only
+        placement: the ranks that the slots and the tokens are spread over
+
+    With several ranks `linear` and `norm` make layers whose weights are the same on all of them and whose gradients are
+    summed over the tensor-parallel ranks, since each sees its own tokens only.
 
     The fast state is a plain attribute: no parameter, no buffer. `.to(device)` moves it, `.to(dtype)` does not change
     it. With `memory_reads` off a read is 0, so the layer passes its own value only, (1 - g) r. `reset` is the reset
     policy, at first the configuration's; measurements may set another. A `trace` set by the caller is filled by calls
-    without a cache (not under `per_document`).
+    without a cache (on whole sequences and one rank).
     """
 
     def __init__(
@@ -66,9 +83,10 @@ class FwPKMLayer(nn.Module):
         linear: Callable[..., nn.Module] = nn.Linear,
         norm: Callable[[int], nn.Module] = RMSNorm,
         dtype: torch.dtype = torch.float32,
+        placement: Placement = ALONE,
     ) -> None:
         super().__init__()
-        self.config, self.hidden_size = config, hidden_size
+        self.config, self.hidden_size, self.placement = config, hidden_size, placement
         self.query_norm = norm(hidden_size)
         self.query_projection = linear(hidden_size, config.heads * config.k_dim, bias=True)
         self.value_norm = norm(hidden_size)
@@ -80,8 +98,12 @@ class FwPKMLayer(nn.Module):
         self.memory_reads = True
         self.reset: Reset = config.reset
         self.trace: MemoryTrace | None = None
-        self.fast_state = FastState(config, seed=seed, dtype=dtype)
-        self._statistics = MemoryStatistics(config)
+        self.fast_state = FastState(
+            config, seed=seed, dtype=dtype, rank=placement.memory_rank, ranks=placement.memory_ranks
+        )
+        self._group = _memory_group(config, placement)
+        self._division: tuple[tuple[torch.Size, torch.device], TokenDivision] | None = None
+        self._statistics = MemoryStatistics(config, self.fast_state.num_slots, placement.memory_group)
 
     def forward(
         self,
@@ -97,43 +119,139 @@ class FwPKMLayer(nn.Module):
         policy `per_document` needs `documents_BT`, numbers that tell the documents of a sequence apart; others
         take no notice of it.
 
+        Over several ranks all call this together. Under sequence parallelism hidden states are [B, T / R, E], this
+        rank's stretch of every sequence; mask and documents are of all T tokens, everywhere.
+
         Raises:
-            ValueError: wrong shapes or dtypes (see `fast_memory`), or no documents where the policy needs them.
+            ValueError: wrong shapes or dtypes (see `fast_memory`), no documents where the policy needs them, or
+                documents where several replicas write one memory.
         """
+        divided = self.placement.tensor_ranks > 1
+        if cache is not None or not (self.memory_reads or divided):
+            query, value, gate = self._project(hidden_BTE)
+            read = torch.zeros_like(value) if cache is None else cache(query, value, gate, loss_mask_BT)
+            return self._output(read, value, gate, hidden_BTE.dtype)
+        self.fast_state.begin_microbatch()
+        if divided or self.reset == "per_document":
+            return self._forward_divided(hidden_BTE, loss_mask_BT, documents_BT)
         query, value, gate = self._project(hidden_BTE)
-        if not self.memory_reads:
-            read = torch.zeros_like(value)
-        elif cache is not None:
-            read = cache(query, value, gate, loss_mask_BT)
-        else:
-            read = self._remember(query, value, gate, loss_mask_BT, documents_BT)
+        read = self._remember(query, value, gate, loss_mask_BT)
+        return self._output(read, value, gate, hidden_BTE.dtype)
+
+    def _remember(self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
+        """The reads [B, T, D] of whole sequences."""
+        view = self.fast_state.view(query.shape[0], training=self.training, reset=self.reset)
+        return fast_memory(
+            query,
+            value,
+            gate,
+            mask,
+            view,
+            self.config,
+            statistics=self._statistics,
+            trace=self.trace,
+            group=self._group,
+        )
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [..., H, k], value [..., D], gate [...] of hidden states [..., E]."""
+        query = self.query_projection(self.query_norm(hidden)).unflatten(-1, (self.config.heads, -1))
+        value = self.value_projection(self.value_norm(hidden))
+        if self.config.normalize_value:
+            value = zscore(value)
+        gate = torch.sigmoid(self.gate_projection(self.gate_norm(hidden)).mean(-1))
+        return query, value, gate
+
+    def _output(self, read: Tensor, value: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """Reads and values [..., D], gates [...], to [..., E]."""
         if self.config.fuse_output_by_gate:
             share = gate.unsqueeze(-1).to(value.dtype)
             read = share * read + (1 - share) * value
-        return self.output_projection(self.output_norm(read.to(hidden_BTE.dtype)))
+        return self.output_projection(self.output_norm(read.to(dtype)))
 
-    def _project(self, hidden_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, T, H, k], value [B, T, D], gate [B, T]."""
-        query = self.query_projection(self.query_norm(hidden_BTE)).unflatten(-1, (self.config.heads, -1))
-        value = self.value_projection(self.value_norm(hidden_BTE))
-        if self.config.normalize_value:
-            value = zscore(value)
-        gate = torch.sigmoid(self.gate_projection(self.gate_norm(hidden_BTE)).mean(-1))
-        return query, value, gate
+    def _forward_divided(self, hidden_BTE: Tensor, mask_BT: Tensor | None, documents_BT: Tensor | None) -> Tensor:
+        """Each rank on its own tokens of every chunk of every call; rows of tokens, X outside and Y inside."""
+        if self.trace is not None:
+            raise ValueError("a trace is of one call on one rank: set trace = None for divided tokens or documents")
+        division = self._divide(hidden_BTE, documents_BT)
+        rows_XE = division.enter(hidden_BTE.flatten(0, 1))
+        query, value, gate = self._project(rows_XE)
+        # Query and gate in one message.
+        width = self.config.heads * self.config.k_dim
+        packed = division.to_own(torch.cat([query.flatten(1), gate.unsqueeze(1)], 1))
+        own = (packed[:, :width].unflatten(1, query.shape[1:]), division.to_targets(value), packed[:, width])
+        mask_Y = None if mask_BT is None else mask_BT.flatten()[division.own]
+        read_XD = (
+            division.back(self._remember_calls(*own, mask_Y, division))
+            if self.memory_reads
+            else torch.zeros_like(value)
+        )
+        output_XE = self._output(read_XD, value, gate, hidden_BTE.dtype)
+        return division.leave(output_XE).view_as(hidden_BTE)
 
-    def _remember(
-        self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None, documents: Tensor | None = None
-    ) -> Tensor:
-        self.fast_state.begin_microbatch()
+    def _divide(self, hidden_BTE: Tensor, documents_BT: Tensor | None) -> TokenDivision:
+        """Who works on which tokens: the same as in the last call, as a rule."""
         if self.reset == "per_document":
-            if documents is None:
-                raise ValueError(
-                    "a memory that is reset per_document needs to know the documents: give documents_BT, or set reset "
-                    "to carry, per_step or per_sequence"
+            return self._divide_documents(hidden_BTE, documents_BT)
+        key = (hidden_BTE.shape, hidden_BTE.device)
+        if self._division is None or self._division[0] != key:
+            batch, tokens = self._batch_shape(hidden_BTE)
+            call_BT = torch.arange(batch * tokens).view(batch, tokens)
+            division = TokenDivision([call_BT], (batch, tokens), self.config, self.placement, hidden_BTE.device)
+            self._division = key, division
+        return self._division[1]
+
+    def _batch_shape(self, hidden_BTE: Tensor) -> tuple[int, int]:
+        stretches = self.placement.tensor_ranks if self.placement.sequence_parallel else 1
+        return hidden_BTE.shape[0], hidden_BTE.shape[1] * stretches
+
+    def _divide_documents(self, hidden_BTE: Tensor, documents_BT: Tensor | None) -> TokenDivision:
+        if documents_BT is None:
+            raise ValueError(
+                "a memory that is reset per_document needs to know the documents: give documents_BT, or set reset "
+                "to carry, per_step or per_sequence"
+            )
+        if self.placement.replicas > 1:
+            raise ValueError(
+                f"a memory that {self.placement.replicas} replicas write together can't be reset per_document: their "
+                "documents differ; set reset to carry, per_step or per_sequence, or the memory group to one replica"
+            )
+        shape = self._batch_shape(hidden_BTE)
+        if tuple(documents_BT.shape) != shape:
+            raise ValueError(
+                f"documents have shape {tuple(documents_BT.shape)}; expected {shape} to go with the tokens"
+            )
+        groups = [tokens_NL.cpu() for tokens_NL in groups_of_documents(documents_BT)]
+        return TokenDivision(groups, shape, self.config, self.placement, hidden_BTE.device)
+
+    def _remember_calls(
+        self, query_YHk: Tensor, target_XD: Tensor, gate_Y: Tensor, mask_Y: Tensor | None, division: TokenDivision
+    ) -> Tensor:
+        """The reads [Y, D] of this rank's own tokens, call after call."""
+        tokens = [call.batch * call.tokens for call in division.calls]
+        targets = [call.batch * call.targets for call in division.calls]
+        masks = [None] * len(tokens) if mask_Y is None else mask_Y.split(tokens)
+        parts = zip(
+            division.calls, query_YHk.split(tokens), target_XD.split(targets), gate_Y.split(tokens), masks, strict=True
+        )
+        reads = [target_XD[:0]]
+        # Calls on documents are on memories of their own and count as one.
+        with self._statistics.together() if self.reset == "per_document" else nullcontext():
+            for call, query, target, gate, mask in parts:
+                view = self.fast_state.view(call.batch, training=self.training, reset=self.reset)
+                read = fast_memory(
+                    query.unflatten(0, (call.batch, call.tokens)),
+                    target.unflatten(0, (call.batch, call.targets)),
+                    gate.unflatten(0, (call.batch, call.tokens)),
+                    None if mask is None else mask.unflatten(0, (call.batch, call.tokens)),
+                    view,
+                    self.config,
+                    statistics=self._statistics,
+                    group=self._group,
+                    spans=call.spans,
                 )
-            return remember_documents(query, value, gate, mask, documents, self.fast_state, self._statistics)
-        view = self.fast_state.view(query.shape[0], training=self.training, reset=self.reset)
-        return fast_memory(query, value, gate, mask, view, self.config, statistics=self._statistics, trace=self.trace)
+                reads.append(read.flatten(0, 1))
+        return torch.cat(reads)
 
     def make_cache(self, batch: int, **options: Any) -> MemoryCache:
         """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them."""

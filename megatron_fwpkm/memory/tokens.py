@@ -1,7 +1,8 @@
-"""Tokens divided over the ranks of a group that all have the whole: each rank takes its part, and parts come together.
+"""Tokens divided over the ranks of a group: each rank takes its part, and parts come together.
 
-With plain tensor parallelism every rank has every token of its replica; inside a memory layer each works on its own
-part of them. Who has what is known on all ranks alike, so nothing is asked: positions are given when this is made.
+With plain tensor parallelism every rank has every token of its replica, with sequence parallelism a stretch of every
+sequence; inside a memory layer each works on its own part of every chunk. Who has what is known on all ranks alike, so
+nothing is asked: positions are given when these objects are made.
 
 Letters: N tokens in all, Y tokens of this rank, E columns.
 """
@@ -79,3 +80,69 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient.index_select(0, ctx.parts.own), None
+
+
+class TokenExchange:
+    """Rows that one layout of tokens has, to where another wants them: one all-to-all of known sizes.
+
+    Args:
+        held: for each rank the tokens that it has, int64, in the order of its rows; a token is held by one rank
+        wanted: for each rank the tokens that it wants, in the order in which it wants them; several may want one
+        group: the ranks
+        device: where the rows are
+    """
+
+    def __init__(
+        self,
+        held: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        group: dist.ProcessGroup,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rank = dist.get_rank(group)
+        self.group, self.held, self.wanted = group, len(held[rank]), len(wanted[rank])
+        tokens = sum(len(of_rank) for of_rank in held)
+        holder, place = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens, dtype=torch.int64)
+        for other, of_rank in enumerate(held):
+            holder[of_rank], place[of_rank] = other, torch.arange(len(of_rank))
+        sent = [place[of_rank[holder[of_rank] == rank]] for of_rank in wanted]
+        self.counts_out = [len(rows) for rows in sent]
+        source = holder[wanted[rank]]
+        self.counts_in = torch.bincount(source, minlength=len(held)).tolist()
+        self.sent = torch.cat(sent).to(device)
+        self.order = source.sort(stable=True).indices.to(device)
+
+    def __call__(self, rows_YE: Tensor) -> Tensor:
+        """[tokens held, E] to [tokens wanted, E]. Backward: gradients go back and are added in order of the ranks."""
+        return _Exchange.apply(rows_YE, self)  # type: ignore[no-any-return]
+
+    def forward_rows(self, rows_YE: Tensor) -> Tensor:
+        """As a call, without autograd."""
+        arrived = rows_YE.new_empty(self.wanted, *rows_YE.shape[1:])
+        parts = rows_YE.index_select(0, self.sent)
+        dist.all_to_all_single(arrived, parts, self.counts_in, self.counts_out, group=self.group)
+        placed = torch.empty_like(arrived)
+        placed[self.order] = arrived
+        return placed
+
+    def backward_rows(self, gradient_YE: Tensor) -> Tensor:
+        """Gradients of the rows that were sent."""
+        arrived = gradient_YE.new_empty(len(self.sent), *gradient_YE.shape[1:])
+        parts = gradient_YE.index_select(0, self.order)
+        dist.all_to_all_single(arrived, parts, self.counts_out, self.counts_in, group=self.group)
+        total = gradient_YE.new_zeros(self.held, *gradient_YE.shape[1:])
+        # One rank wants a token once: no two terms of an index_add_ meet.
+        for part, rows in zip(arrived.split(self.counts_out), self.sent.split(self.counts_out), strict=True):
+            total.index_add_(0, rows, part)
+        return total
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: TokenExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.exchange.backward_rows(gradient), None
