@@ -28,6 +28,7 @@ from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.inputs import check_inputs
 from megatron_fwpkm.memory.overlay import Overlay
 from megatron_fwpkm.memory.routing import LOCAL, LocalRoute
+from megatron_fwpkm.memory.whole_state import WholeState
 
 
 @dataclass
@@ -91,7 +92,7 @@ class MemoryCache:
 
     def __init__(
         self,
-        state: FastState,
+        state: FastState | WholeState,
         batch: int,
         *,
         mode: Literal["aligned", "official"] | None = None,

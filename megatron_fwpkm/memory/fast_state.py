@@ -183,9 +183,13 @@ class FastState:
             return self._step_overlay
         return self
 
+    def stored_rows(self, slots_U: Tensor) -> Tensor:
+        """[U, D] of the table, without the scale, as a new tensor. A slot may be asked for more than once."""
+        return self.table_ND.index_select(0, slots_U)
+
     def read_rows(self, slots_U: Tensor) -> Tensor:
         """True values [U, D] of distinct slots, as a new tensor."""
-        rows = self.table_ND.index_select(0, slots_U)
+        rows = self.stored_rows(slots_U)
         return rows if self.scale == 1.0 else rows.mul_(self.scale)
 
     def write_rows(self, slots_U: Tensor, before_UD: Tensor, change_UD: Tensor, decay: float) -> None:

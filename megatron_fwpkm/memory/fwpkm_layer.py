@@ -28,6 +28,7 @@ from megatron_fwpkm.memory.placement import ALONE, Placement
 from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
 from megatron_fwpkm.memory.sharding import Owners, ProcessMemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
+from megatron_fwpkm.memory.whole_state import WholeState
 
 ZSCORE_EPSILON = 1e-6
 
@@ -254,8 +255,19 @@ class FwPKMLayer(nn.Module):
         return torch.cat(reads)
 
     def make_cache(self, batch: int, **options: Any) -> MemoryCache:
-        """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them."""
-        return MemoryCache(self.fast_state, batch, **options)
+        """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them.
+
+        Over several ranks all have all tokens and call the cache together; rows come from their owners, and the ranks
+        keep the same copies of what is written. Raises ValueError where several replicas have one memory.
+        """
+        if self.placement.memory_group is None:
+            return MemoryCache(self.fast_state, batch, **options)
+        if self.placement.replicas > 1:
+            raise ValueError(
+                f"a cache is for one replica's streams and this memory is that of {self.placement.replicas}; give "
+                "each replica a memory of its own for inference"
+            )
+        return MemoryCache(WholeState(self.fast_state, self.placement.memory_group), batch, **options)
 
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of the last call (see `MemoryStatistics`); reading them does not synchronize."""

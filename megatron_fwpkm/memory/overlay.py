@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_fwpkm.memory.fast_state import FastState
+    from megatron_fwpkm.memory.whole_state import WholeState
 
 # Stored rows are rescaled when lazy decay has shrunk them this far, long before float32 runs out of exponents.
 _RESCALE_BELOW = 2.0**-20
@@ -42,7 +43,7 @@ def _unset(length: int, device: torch.device) -> Tensor:
 class Overlay:
     """`memories` independent memories that all start as the base is now. Slot numbers are memory * N + slot."""
 
-    def __init__(self, base: FastState, memories: int) -> None:
+    def __init__(self, base: FastState | WholeState, memories: int) -> None:
         self.base, self.memories, self.num_slots = base, memories, base.num_slots
         self._keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
         self._base_generation = base.generation
@@ -106,7 +107,7 @@ class Overlay:
     def read_rows(self, slots_U: Tensor) -> Tensor:
         """True values [U, D] of distinct slots, as a new tensor. Raises as `check_usable` does."""
         self.check_usable()
-        rows = self.base.table_ND.index_select(0, slots_U % self.base.num_slots if self.memories > 1 else slots_U)
+        rows = self.base.stored_rows(slots_U % self.base.num_slots if self.memories > 1 else slots_U)
         if self._base_factor != 1.0:
             rows.mul_(self._base_factor)
         position, found = self._find(slots_U)
