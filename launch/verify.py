@@ -1,7 +1,8 @@
 """Replay reference cases: `python launch/verify.py --cases tests/golden --cases tests/golden_model`.
 
-A folder may hold cases of the memory layer and of whole models. Prints a table case -> worst relative error of every
-array, and exits with 1 when one is out of tolerance, 2 when the cases can't be read.
+A folder may hold cases of the memory layer and of whole models. With `--ranks 4` the cases of the memory layer run in
+four processes, with tokens and slots divided among them. Prints a table case -> worst relative error of every array,
+and exits with 1 when one is out of tolerance, 2 when the cases can't be read.
 """
 
 import json
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from megatron_fwpkm.convert.golden import is_model_case, replay_model_case
 from megatron_fwpkm.memory.golden import CaseResult, GoldenCaseError, find_cases, replay_case
+from megatron_fwpkm.memory.golden_ranks import replay_over_ranks
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Columns = Mapping[str, tuple[str, ...]]
@@ -68,13 +70,11 @@ def _is_model(path: Path) -> bool:
     return isinstance(description, dict) and is_model_case(description)
 
 
-def _replay(paths: list[Path], dtype: str, columns: Columns, title: str, console: Console) -> list[str]:
+def _show(results: list[CaseResult], dtype: str, columns: Columns, title: str, console: Console) -> list[str]:
     """Print the table of one kind of case; returns a line for every failure."""
     failed: list[str] = []
     table = Table("case", *columns, "", title=f"{title}, {dtype}: max|a - b| / max|b|", box=None, header_style="bold")
-    replay = replay_model_case if columns is MODEL_COLUMNS else replay_case
-    for path in paths:
-        result = replay(path, DTYPES[dtype])
+    for result in results:
         table.add_row(result.name, *_cells(result, columns), "ok" if result.passed else "[bold red]FAILED[/]")
         failed += [
             f"{dtype} {result.name} {a.name}: error {a.error:.3e}, tolerance {a.tolerance:.1e}"
@@ -90,6 +90,7 @@ def _replay(paths: list[Path], dtype: str, columns: Columns, title: str, console
 def main(
     cases: Annotated[list[Path] | None, typer.Option(help="Folder of cases; may be given several times.")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32 or both.")] = "both",
+    ranks: Annotated[int, typer.Option(help="Processes that divide tokens and slots of layer cases.", min=1)] = 1,
 ) -> None:
     """Replay every case of the folders (tests/golden if none is given) against this implementation."""
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -102,10 +103,15 @@ def main(
         models = [path for path in paths if _is_model(path)]
         layers = [path for path in paths if path not in models]
         for name in DTYPES if dtype == "both" else (dtype,):
-            if layers:
-                failed += _replay(layers, name, LAYER_COLUMNS, "memory layer", console)
+            if layers and ranks == 1:
+                results = [replay_case(path, DTYPES[name]) for path in layers]
+                failed += _show(results, name, LAYER_COLUMNS, "memory layer", console)
+            elif layers:
+                results = replay_over_ranks(layers, DTYPES[name], ranks)
+                failed += _show(results, name, LAYER_COLUMNS, f"memory layer on {ranks} ranks", console)
             if models:
-                failed += _replay(models, name, MODEL_COLUMNS, "whole models", console)
+                results = [replay_model_case(path, DTYPES[name]) for path in models]
+                failed += _show(results, name, MODEL_COLUMNS, "whole models on one rank", console)
     except GoldenCaseError as error:
         console.print(f"verify: {error}", style="bold red", markup=False)
         raise typer.Exit(2) from None

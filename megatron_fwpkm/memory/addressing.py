@@ -171,7 +171,8 @@ class Usage:
 
     Attributes:
         share_GXK: softmax of the top-k sub-scores of each query
-        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half
+        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half; float64, like all that is
+            made of it per sub-key: near uniform use its logarithms differ in few digits, and there are few of them
     """
 
     def __init__(
@@ -190,44 +191,47 @@ class Usage:
         self.mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
 
     def _pool(self, value_GXK: Tensor) -> Tensor:
-        """Sum numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
+        """float64: sums of numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
         return self._group.sum(self._pool_own(value_GXK))
 
     def _pool_own(self, value_GXK: Tensor) -> Tensor:
         bins = self.memories * 2 * self.n_subkeys
         index, value = self.bin_GXK.reshape(-1), value_GXK.reshape(-1)
         if value.device.type == "cpu":
-            return torch.bincount(index, value, minlength=bins).to(value.dtype)  # of nothing it counts integers
-        return scatter_weighted_add(
+            return torch.bincount(index, value, minlength=bins).double()  # of nothing it counts integers
+        summed = scatter_weighted_add(
             plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1), value.unsqueeze(1)
-        ).squeeze(1)
+        )
+        return summed.squeeze(1).double()
 
     def loss_M(self) -> Tensor:
         """[M] addressing loss: weight * sum over halves of sum_j mean_j log(mean_j + eps)."""
         entropy = self.mean_M2n * torch.log(self.mean_M2n + ENTROPY_EPSILON)
-        return self.loss_weight * entropy.sum((1, 2))
+        return (self.loss_weight * entropy.sum((1, 2))).to(self.share_GXK.dtype)
 
     def _potential(self) -> Tensor:
-        """d loss / d mean, flattened over (memory, half, sub-key)."""
+        """d loss / d mean for every pair, [G, X, K], less its mean over the use of a half: only differences count."""
         shifted = self.mean_M2n + ENTROPY_EPSILON
-        return (self.loss_weight * (shifted.log() + self.mean_M2n / shifted)).flatten()
+        potential = self.loss_weight * (shifted.log() + self.mean_M2n / shifted)
+        potential -= (self.mean_M2n * potential).sum(-1, keepdim=True)
+        return potential.flatten().to(self.share_GXK.dtype)[self.bin_GXK]
 
     def score_gradient(self) -> Tensor:
         """d loss / d sub-score, [G, X, K]."""
-        potential = self._potential()[self.bin_GXK]
+        potential = self._potential()
         mean = (self.share_GXK * potential).sum(-1, keepdim=True)
         return self.share_GXK * (potential - mean) / self.rows
 
     def score_gradient_backward(self, cotangent_GXK: Tensor) -> Tensor:
         """dL/d sub-score [G, X, K] through `score_gradient`, given dL/d of its result."""
-        share, potential = self.share_GXK, self._potential()[self.bin_GXK]
+        share, potential = self.share_GXK, self._potential()
         mean = (share * potential).sum(-1, keepdim=True)
         along = (share * cotangent_GXK).sum(-1, keepdim=True)
         of_share = (cotangent_GXK * (potential - mean) - potential * along) / self.rows
         of_potential = self._pool(share * (cotangent_GXK - along) / self.rows)
         shifted = self.mean_M2n.flatten() + ENTROPY_EPSILON
         of_mean = of_potential * self.loss_weight * (1 / shifted + ENTROPY_EPSILON / shifted.square())
-        of_share = of_share + (of_mean / self.rows)[self.bin_GXK]
+        of_share = of_share + (of_mean / self.rows).to(share.dtype)[self.bin_GXK]
         return share * (of_share - (share * of_share).sum(-1, keepdim=True))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_fwpkm.memory.cache import CacheTrace, MemoryCache
 from megatron_fwpkm.memory.config import MemoryConfig
-from megatron_fwpkm.memory.fast_state import FastState
+from megatron_fwpkm.memory.fast_state import FastState, MemoryView
 from megatron_fwpkm.memory.functional import MemoryTrace, fast_memory
 
 FLOAT64_TOLERANCE = 1e-9
@@ -122,8 +122,37 @@ def memory_config(module: dict[str, Any], chunk_size: int, **overrides: Any) -> 
     return MemoryConfig(**(settings | overrides))
 
 
+CaseInputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Query, target, gate and mask of one call."""
+
+
+class Replay:
+    """How the calls of a case are made: here on one rank with the whole memory."""
+
+    def make_state(self, config: MemoryConfig, dtype: torch.dtype) -> FastState:
+        """The fast state."""
+        return FastState(config, dtype=dtype)
+
+    def own_values(self, state: FastState, values_ND: Tensor) -> Tensor:
+        """The state's rows of a whole table."""
+        return values_ND
+
+    def whole_values(self, state: FastState, values_ND: Tensor) -> Tensor:
+        """The inverse of `own_values`."""
+        return values_ND
+
+    def make_cache(self, state: FastState, batch: int) -> MemoryCache:
+        """A cache over the state."""
+        return MemoryCache(state, batch)
+
+    def call(self, inputs: CaseInputs, view: MemoryView, config: MemoryConfig, trace: MemoryTrace) -> Tensor:
+        """One call of the training path."""
+        return fast_memory(*inputs, view, config, trace=trace)
+
+
 class _Case:
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, replay: Replay) -> None:
+        self.replay = replay
         self.description = json.loads(path.read_text())
         with np.load(path.with_suffix(".npz")) as arrays:
             self.arrays = {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files}
@@ -137,9 +166,9 @@ class _Case:
         self.bfloat16 = self.run.get("dtype") == "bf16"
         self.dtype = torch.float32 if self.bfloat16 else dtype
         self.result = CaseResult(self.description["name"])
-        self.state = FastState(self.config, dtype=self.dtype)
-        keys = self.floats("keys0")
-        self.state.replace(keys.view(self.state.keys_H2nd.shape), self.floats("values0"))
+        self.state = replay.make_state(self.config, self.dtype)
+        keys = self.floats("keys0").view(self.state.keys_H2nd.shape)
+        self.state.replace(keys, replay.own_values(self.state, self.floats("values0")))
 
     def floats(self, name: str) -> Tensor:
         return self.arrays[name].to(self.dtype)
@@ -147,7 +176,7 @@ class _Case:
     def optional(self, name: str) -> Tensor | None:
         return self.floats(name) if name in self.arrays else None
 
-    def inputs(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def inputs(self, suffix: str) -> CaseInputs:
         query = self.floats("q" + suffix).unflatten(-1, (self.config.heads, -1))
         mask = self.arrays.get("loss_mask" + suffix)
         return query, self.floats("ref_v" + suffix), self.optional("gates" + suffix), None if mask is None else mask > 0
@@ -179,14 +208,14 @@ class _Case:
         self.compare(values_name, values)
 
 
-def replay_case(path: Path, dtype: torch.dtype = torch.float64) -> CaseResult:
-    """Run one case and compare every array that it holds.
+def replay_case(path: Path, dtype: torch.dtype = torch.float64, replay: Replay | None = None) -> CaseResult:
+    """Run one case and compare every array that it holds; `replay` makes the calls (None: on one rank).
 
     Raises:
         GoldenCaseError: the case can't be read.
     """
     try:
-        case = _Case(path, dtype)
+        case = _Case(path, dtype, replay or Replay())
         if "calls" in case.run:
             _replay_cached(case)
         else:
@@ -208,14 +237,15 @@ def _replay_call(case: _Case, suffix: str) -> None:
             if leaf is not None:
                 leaf.requires_grad_()
     trace = MemoryTrace()
-    output = fast_memory(query, target, gate, mask, case.state, case.config, trace=trace)
+    output = case.replay.call((query, target, gate, mask), case.state, case.config, trace)
     case.compare("output" + suffix, output.detach())
     case.compare("indices" + suffix, trace.slots_BTHK)
     case.compare("scores" + suffix, trace.weights_BTHK)
     case.compare("losses" + suffix, trace.losses)
     if case.config.has_addressing_loss:
         case.compare("addr_loss" + suffix, trace.addressing_loss)
-    case.compare_state("keys_final" + suffix, "values_final" + suffix, case.state.keys_H2nd, case.state.values_ND())
+    values_ND = case.replay.whole_values(case.state, case.state.values_ND())
+    case.compare_state("keys_final" + suffix, "values_final" + suffix, case.state.keys_H2nd, values_ND)
     if train:
         output.backward(case.floats("cot" + suffix))
         for name, leaf in leaves.items():
@@ -225,7 +255,8 @@ def _replay_call(case: _Case, suffix: str) -> None:
         memory = trace.memory_gradient
         assert memory is not None
         case.compare("d_keys0" + suffix, memory.keys_MH2nd.reshape(case.arrays["keys0"].shape))
-        case.compare("d_values0" + suffix, memory.values_ND(case.config.num_slots))
+        rows_ND = memory.values_ND(case.state.num_slots)
+        case.compare("d_values0" + suffix, case.replay.whole_values(case.state, rows_ND))
     if case.bfloat16:  # that code keeps the memory in the parameters' dtype between calls
         case.state.replace(case.state.keys_H2nd.bfloat16().float(), case.state.values_ND().bfloat16().float())
 
@@ -233,7 +264,7 @@ def _replay_call(case: _Case, suffix: str) -> None:
 def _replay_cached(case: _Case) -> None:
     """Consecutive calls of the cached path."""
     query, target, gate, mask = case.inputs("")
-    cache = MemoryCache(case.state, query.shape[0])
+    cache = case.replay.make_cache(case.state, query.shape[0])
     outputs, slots, weights, start = [], [], [], 0
     for call, length in enumerate(case.run["calls"]):
         piece = slice(start, start + length)
