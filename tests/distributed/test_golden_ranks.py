@@ -15,9 +15,8 @@ pytestmark = pytest.mark.distributed
 CASES = Path(__file__).parent.parent / "golden"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_cases_replay_over_ranks(dtype: torch.dtype, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (4, torch.float64)])
+def test_cases_replay_over_ranks(ranks: int, dtype: torch.dtype) -> None:
     results = replay_over_ranks(find_cases(CASES), dtype, ranks)
     assert len(results) == 40
     wrong = [(result.name, a.name, a.error) for result in results for a in result.arrays if not a.passed]
