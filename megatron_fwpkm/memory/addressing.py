@@ -175,9 +175,15 @@ class Usage:
     """
 
     def __init__(
-        self, top: ProductKeyTopk, memories: int, tokens: int, config: MemoryConfig, group: MemoryGroup = LOCAL
+        self,
+        top: ProductKeyTopk,
+        memories: int,
+        tokens: int,
+        config: MemoryConfig,
+        group: MemoryGroup = LOCAL,
+        mean_M2n: Tensor | None = None,
     ) -> None:
-        """`tokens` of one memory, on all ranks of the group; `top` has this rank's."""
+        """`tokens` of one memory, on all ranks of the group; `top` has this rank's. The mean may be known already."""
         self.memories, self.heads, self._group = memories, config.heads, group
         self.n_subkeys = config.n_subkeys
         self.loss_weight = config.addressing_loss_weight if config.has_addressing_loss else 0.0
@@ -187,7 +193,9 @@ class Usage:
         # Heads are pooled: (memory, head, half) -> (memory, half).
         pooled = torch.div(place, 2 * config.heads, rounding_mode="floor") * 2 + place % 2
         self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
-        self.mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
+        if mean_M2n is None:
+            mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
+        self.mean_M2n = mean_M2n
 
     def _pool(self, value_GXK: Tensor) -> Tensor:
         """Sum numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
