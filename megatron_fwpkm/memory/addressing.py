@@ -171,7 +171,7 @@ class Usage:
 
     Attributes:
         share_GXK: softmax of the top-k sub-scores of each query
-        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half
+        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half; 0 without addressing loss
     """
 
     def __init__(
@@ -193,6 +193,8 @@ class Usage:
         # Heads are pooled: (memory, head, half) -> (memory, half).
         pooled = torch.div(place, 2 * config.heads, rounding_mode="floor") * 2 + place % 2
         self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
+        if mean_M2n is None and not self.loss_weight:  # nobody asks: no sum over ranks
+            mean_M2n = self.share_GXK.new_zeros(memories, 2, config.n_subkeys)
         if mean_M2n is None:
             mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
         self.mean_M2n = mean_M2n

@@ -293,8 +293,8 @@ class CallBackward:
         if step is not None:
             of_query_GXd += step.query_GXd
         of_query.copy_(addressing.merge_queries(of_query_GXd, self.memories).reshape(of_query.shape))
-        if index == 0 and self.call.trace is None:
-            return  # nobody asks for the gradient of the memory at the start
+        if (index == 0 or not config.moves_keys) and self.call.trace is None:
+            return  # nobody asks for the gradient of the memory at the start, or no write before has moved sub-keys
         of_keys = addressing.key_gradient(address.query_GXd, keys, address.top, plan, of_score, config)
         if step is not None and step.keys_Gnd is not None:
             of_keys = step.keys_Gnd.add_(of_keys)

@@ -165,7 +165,7 @@ def sequences(batch: int, memories: int, group: MemoryGroup) -> int:
 def write_scale(
     mask_BC: Tensor | None, batch: int, span: ChunkSpan, memories: int, config: MemoryConfig, group: MemoryGroup = LOCAL
 ) -> float | Tensor:
-    """samples * K * H / pairs of semantics A.6, of each memory that has rows here: a number; with a mask [tables * M]."""
+    """samples * K * H / pairs of semantics A.6, of each memory with rows here: a number; with a mask [tables * M]."""
     pairs = sequences(batch, memories, group) * span.pairs
     if pairs == 0:
         return 0.0

@@ -6,13 +6,15 @@ S the largest share of a rank.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fwpkm.memory.routing import ChunkShape
+from fwpkm_kernels import SlotPlan
+from megatron_fwpkm.memory.routing import ChunkShape, Route
 from megatron_fwpkm.memory.traffic import Phase, Traffic
 
 
@@ -110,7 +112,7 @@ class Shares:
         return arrived.unflatten(0, (self._links.size, self.largest))[:, : self.own].sum(0)
 
 
-class RankGroup:
+class RankGroup(ABC):
     """What all memory groups over several ranks have in common.
 
     Args:
@@ -152,6 +154,14 @@ class RankGroup:
                     f"{self._of_batch.size} ranks share a batch and {replicas} replicas a memory group of {self.size}"
                 )
         self._shares: dict[tuple[ChunkShape, torch.device], Shares] = {}
+
+    @abstractmethod
+    def route(self, slot_YP: Tensor, weight_YP: Tensor, shape: ChunkShape) -> Route:
+        """Send the reads of this rank's tokens to where their rows are."""
+
+    @abstractmethod
+    def restore(self, plan: SlotPlan, weight: Tensor, saved: tuple[Tensor, ...], shape: ChunkShape) -> Route:
+        """A route that was made before."""
 
     def shares(self, shape: ChunkShape, device: torch.device) -> Shares:
         """Which rank has which tokens of a chunk."""

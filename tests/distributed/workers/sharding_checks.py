@@ -113,14 +113,10 @@ def run(config: MemoryConfig, batch: int, masked: bool, same: bool, where: Place
         own_mask = None if mask is None else mask[own_batch][:, vectors]
         view = state.view(parts[0].shape[0], training=True, replicas=memory_group.tables)
         trace = MemoryTrace()
+        spans = None if group is None else share.spans
+        own_query, own_target, own_gate = leaves
         output = fast_memory(
-            *leaves,
-            own_mask,
-            view,
-            config,
-            trace=trace,
-            group=memory_group,
-            spans=share.spans,  # type: ignore[arg-type]
+            own_query, own_target, own_gate, own_mask, view, config, trace=trace, group=memory_group, spans=spans
         )
         (output * weights[own_batch][:, vectors, state.columns]).sum().backward()
         found[f"output {call}"] = whole(output.detach(), target, state.columns)
@@ -167,7 +163,7 @@ def check(name: str, masked: bool, layouts: dict[tuple[int, int], Layout]) -> di
     same, errors = name == "all to one owner", {}
     wanted: dict[tuple[int, int], dict[str, Tensor]] = {}
     for kind, (replicas, ranks) in [(kind, layout) for kind, several in LAYOUTS.items() for layout in several]:
-        if dist.get_rank() >= replicas * ranks:
+        if dist.get_rank() >= replicas * ranks or (kind != "dynamic" and not masked):
             continue
         config = MemoryConfig(**{**SMALL, **CASES[name], **({"v_dim": COLUMNS} if kind == "columns" else {})})
         batch = replicas * BATCH
