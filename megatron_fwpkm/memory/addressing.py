@@ -172,13 +172,20 @@ class Usage:
     Attributes:
         share_GXK: softmax of the top-k sub-scores of each query
         mean_M2n: mean share of each sub-key over tokens and heads, per memory and half; float64, like all that is
-            made of it per sub-key: near uniform use its logarithms differ in few digits, and there are few of them
+            made of it per sub-key: near uniform use its logarithms differ in few digits, and there are few of them;
+            0 without addressing loss
     """
 
     def __init__(
-        self, top: ProductKeyTopk, memories: int, tokens: int, config: MemoryConfig, group: MemoryGroup = LOCAL
+        self,
+        top: ProductKeyTopk,
+        memories: int,
+        tokens: int,
+        config: MemoryConfig,
+        group: MemoryGroup = LOCAL,
+        mean_M2n: Tensor | None = None,
     ) -> None:
-        """`tokens` of one memory, on all ranks of the group; `top` has this rank's."""
+        """`tokens` of one memory, on all ranks of the group; `top` has this rank's. The mean may be known already."""
         self.memories, self.heads, self._group = memories, config.heads, group
         self.n_subkeys = config.n_subkeys
         self.loss_weight = config.addressing_loss_weight if config.has_addressing_loss else 0.0
@@ -188,7 +195,11 @@ class Usage:
         # Heads are pooled: (memory, head, half) -> (memory, half).
         pooled = torch.div(place, 2 * config.heads, rounding_mode="floor") * 2 + place % 2
         self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
-        self.mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
+        if mean_M2n is None and not self.loss_weight:  # nobody asks: no sum over ranks
+            mean_M2n = self.share_GXK.new_zeros(memories, 2, config.n_subkeys, dtype=torch.float64)
+        if mean_M2n is None:
+            mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
+        self.mean_M2n = mean_M2n
 
     def _pool(self, value_GXK: Tensor) -> Tensor:
         """float64: sums of numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""

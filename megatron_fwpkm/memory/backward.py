@@ -14,7 +14,7 @@ from megatron_fwpkm.memory.addressing import Address, Usage
 from megatron_fwpkm.memory.chunk import ChunkRead, ChunkSpan, ChunkWrite
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
-from megatron_fwpkm.memory.routing import MemoryGroup
+from megatron_fwpkm.memory.routing import ChunkShape, MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 
 
@@ -66,15 +66,19 @@ class CallContext:
     decays: list[float] = field(default_factory=list)
     keys_shape: torch.Size = field(default_factory=torch.Size)
 
+    def shape(self, batch: int, span: ChunkSpan) -> ChunkShape:
+        """A chunk as all ranks know it."""
+        return ChunkShape(batch, span.length, self.keys_shape[0])
 
-# Tensors saved for each chunk, in order; the clamp masks are there only with the clamp.
+
+# Tensors saved for each chunk, in order, and then the route's own. The clamp masks are there only with the clamp, those
+# of the row side only where it is another than the token side.
 SAVED_TENSORS = (
     *("keys", "sub_index", "sub_score", "rank", "slot_score", "weight"),
     *("slots", "inverse", "counts", "order", "offsets", "rows"),
-    *("step", "write_weight", "unclipped_rows", "unclipped_keys"),
+    *("step", "write_weight", "unclipped_rows", "unclipped_keys", "mean_usage"),
+    *("row_queries", "row_offsets", "row_weight", "row_write_weight", "row_error"),
 )
-# Over a group of ranks: what has arrived on the row side, and then the route's own.
-SAVED_ON_THE_ROW_SIDE = ("row_weight", "row_queries", "row_offsets", "row_write_weight", "row_error")
 
 
 def chunk_queries(query_BCHk: Tensor, memories: int) -> Tensor:
@@ -98,7 +102,7 @@ class CallBackward:
     ) -> None:
         self.call, self.config, self.memories = call, call.config, call.keys_shape[0]
         self.query, self.target, self.gate, self.mask, self.output = query, target, gate, mask, output
-        names = SAVED_TENSORS if call.group.size == 1 else SAVED_TENSORS + SAVED_ON_THE_ROW_SIDE
+        names = SAVED_TENSORS
         width = len(saved) // len(call.spans)
         self.saved: list[dict[str, Any]] = []
         for first in range(0, len(saved), width):
@@ -122,6 +126,8 @@ class CallBackward:
             self._chunk(index, output_gradient, of_query, of_target, of_gate)
         if self.call.trace is not None:
             self._report_memory_gradient()
+        if of_gate is not None:
+            of_gate = self.call.group.sum_columns(of_gate)
         return of_query, of_target, of_gate
 
     def _rebuild(self, index: int) -> tuple[ChunkRead, ChunkWrite, ChunkSpan]:
@@ -130,13 +136,20 @@ class CallBackward:
         top = ProductKeyTopk(
             tensors["sub_index"], tensors["sub_score"], tensors["rank"], tensors["slot_score"], tensors["slot_score"]
         )
-        queries = tensors.get("row_queries", tensors["inverse"].shape[-1])
-        segments = Segments(tensors["order"], tensors["offsets"], queries)
-        offsets = tensors.get("row_offsets")
+        queries, offsets = tensors["row_queries"], tensors["row_offsets"]
+        segments = Segments(
+            tensors["order"], tensors["offsets"], tensors["inverse"].shape[-1] if queries is None else queries
+        )
         plan = SlotPlan(tensors["slots"], tensors["inverse"], tensors["counts"], segments, offsets)
-        route = self.call.group.restore(plan, tensors.get("row_weight", tensors["weight"]), tensors["route"])
+        shape = self.call.shape(self.query.shape[0], span)
+        row_weight, row_write_weight, row_error = (
+            tensors[name] for name in ("row_weight", "row_write_weight", "row_error")
+        )
+        route = self.call.group.restore(
+            plan, tensors["weight"] if row_weight is None else row_weight, tensors["route"], shape
+        )
         read_BCD = self.output[:, span.tokens]
-        query = chunk_queries(self.query[:, span.tokens], self.memories)
+        query = chunk_queries(self.query[:, span.queries], self.memories)
         # Nobody asks for the slots' numbers any more.
         address = Address(query, top, tensors["inverse"], tensors["weight"])
         read = ChunkRead(address, route, tensors["rows"], read_BCD.flatten(0, 1))
@@ -144,8 +157,8 @@ class CallBackward:
         write = ChunkWrite(
             tensors["write_weight"],
             error,
-            tensors.get("row_write_weight", tensors["write_weight"]),
-            tensors.get("row_error", error),
+            tensors["write_weight"] if row_write_weight is None else row_write_weight,
+            error if row_error is None else row_error,
             tensors["step"],
             tensors["unclipped_rows"],
             self.call.decays[index],
@@ -158,7 +171,7 @@ class CallBackward:
         config, last = self.config, index == len(self.saved) - 1
         read, write, span = self._rebuild(index)
         memories = self.memories
-        pairs = output_gradient.shape[0] // memories * span.pairs
+        pairs = chunk.sequences(output_gradient.shape[0], memories, self.call.group) * span.pairs
         gradient_YD = output_gradient[:, span.tokens].flatten(0, 1)
         error_gradient = torch.zeros_like(gradient_YD)
         weight_gradient, slot_weight = torch.zeros_like(write.weight_Y), torch.zeros_like(read.route.weight)
@@ -182,7 +195,7 @@ class CallBackward:
         score = addressing.heads_last(read.address.top.score, memories)
         of_score = addressing.score_gradient_from_weights(read.address.weight_YP, score, slot_weight_YP, config)
         by_head = addressing.heads_first(of_score, memories, config.heads)
-        self._queries_and_keys(index, read, by_head, key_result, of_query[:, span.tokens])
+        self._queries_and_keys(index, read, by_head, key_result, of_query[:, span.queries])
         self._targets_and_gates(span, error_gradient, weight_gradient, of_target, of_gate)
 
     def _rows_after_write(self, index: int) -> Tensor:
@@ -226,9 +239,9 @@ class CallBackward:
         if tensors["unclipped_keys"] is not None:
             cotangent = cotangent * tensors["unclipped_keys"]
         address, keys = read.address, tensors["keys"].flatten(0, 2)
-        tokens = self.query.shape[0] // memories * span.length
-        usage = Usage(address.top, memories, tokens, config, self.call.group)
-        slope = None if config.values_only else chunk.memory_slope(read, write, pairs)
+        tokens = chunk.sequences(self.query.shape[0], memories, self.call.group) * span.length
+        usage = Usage(address.top, memories, tokens, config, self.call.group, tensors["mean_usage"])
+        slope = None if config.values_only else chunk.memory_slope(read, write, pairs, config)
         inner = chunk.inner_score_gradient(usage, read, slope, memories, config)
         plan = addressing.plan_subkeys(address.top, config.n_subkeys)
         step = addressing.key_gradient_backward(address.query_GXd, keys, address.top, plan, inner, cotangent, config)
@@ -262,7 +275,7 @@ class CallBackward:
         )
         result.slot_score_GXK = addressing.heads_first(of_score, memories, config.heads)
         if config.key_gradient == "exact":
-            result.memory = chunk.backward_memory_slope(read, write, of_slope, pairs)
+            result.memory = chunk.backward_memory_slope(read, write, of_slope, pairs, config)
 
     def _queries_and_keys(
         self, index: int, read: ChunkRead, slot_score_GXK: Tensor, step: _KeyBackward | None, of_query: Tensor
@@ -280,8 +293,8 @@ class CallBackward:
         if step is not None:
             of_query_GXd += step.query_GXd
         of_query.copy_(addressing.merge_queries(of_query_GXd, self.memories).reshape(of_query.shape))
-        if index == 0 and self.call.trace is None:
-            return  # nobody asks for the gradient of the memory at the start
+        if (index == 0 or not config.moves_keys) and self.call.trace is None:
+            return  # nobody asks for the gradient of the memory at the start, or no write before has moved sub-keys
         of_keys = addressing.key_gradient(address.query_GXd, keys, address.top, plan, of_score, config)
         if step is not None and step.keys_Gnd is not None:
             of_keys = step.keys_Gnd.add_(of_keys)
@@ -297,7 +310,7 @@ class CallBackward:
         of_gate: Tensor | None,
     ) -> None:
         batch, pairs = of_target.shape[0], span.own_pairs
-        of_target[:, span.targets] = -error_gradient.view(batch, span.own_length, self.config.v_dim)[:, :pairs]
+        of_target[:, span.targets] = -error_gradient.view(batch, span.own_length, of_target.shape[2])[:, :pairs]
         if of_gate is not None and self.config.weigh_write_by_gate:
             gate = weight_gradient.view(batch, span.own_length)[:, :pairs]
             if self.mask is not None:

@@ -211,7 +211,7 @@ class MemoryCache:
             usage = Usage(read.address.top, self.view.memories, tokens, self.config)
             self.trace.addressing_losses.append(usage.loss_M())
         written = chunk.write_values(read, self.view, weight_Y, error_YD, step_U, self.config)
-        slope = None if self.config.values_only else chunk.memory_slope(read, written, per_memory * pairs)
+        slope = None if self.config.values_only else chunk.memory_slope(read, written, per_memory * pairs, self.config)
         chunk.write_keys(read, self.view, slope, tokens, self.config)
 
     def _join_reads(self) -> ChunkRead:

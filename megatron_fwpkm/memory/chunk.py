@@ -5,7 +5,7 @@ for one rank and for a group over which the slots are spread: see routing.py for
 
 Letters: B sequences, C tokens of the chunk on this rank, M memories (1 or B), X = B * C / M tokens of one memory,
 Y = B * C, P = heads * topk reads of a token, Q and E (token, owner) pairs and reads on the row side, U touched rows,
-D value width, G = M * heads * 2, n sub-keys, d = k_dim / 2.
+D value width on this rank, G = M * heads * 2, n sub-keys, d = k_dim / 2.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.addressing import Address, SubkeyPlan, Usage
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
-from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup, Route
+from megatron_fwpkm.memory.routing import LOCAL, ChunkShape, MemoryGroup, Route
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class ChunkSpan:
     """One chunk of a call: which tokens this rank has of it, and how many all ranks have.
 
     Attributes:
-        tokens: this rank's tokens, as columns of queries, gates and masks
+        queries: tokens of this rank whose slots it finds, as columns of the queries
+        tokens: tokens of this rank that it reads and writes values for, as columns of gates, masks and results: the
+            same ones, but all tokens of the chunk where columns are spread over ranks
         targets: the values that they are written with, as columns of the targets; the tokens that have one come first
         length: tokens of a sequence in the chunk, on all ranks
         pairs: those that have a target
     """
 
+    queries: slice
     tokens: slice
     targets: slice
     length: int
@@ -39,7 +42,7 @@ class ChunkSpan:
 
     @property
     def own_length(self) -> int:
-        """This rank's tokens of a sequence."""
+        """Tokens of a sequence that this rank reads and writes values for."""
         return self.tokens.stop - self.tokens.start
 
     @property
@@ -57,7 +60,7 @@ def chunk_bounds(tokens: int, config: MemoryConfig) -> list[tuple[int, int]]:
 def chunk_span(start: int, end: int, lookahead: int) -> ChunkSpan:
     """The chunk of tokens start .. end - 1, all of them on this rank, in the targets' own order."""
     pairs = max(end - start - lookahead, 0)
-    return ChunkSpan(slice(start, end), slice(end - pairs, end), end - start, pairs)
+    return ChunkSpan(slice(start, end), slice(start, end), slice(end - pairs, end), end - start, pairs)
 
 
 @dataclass
@@ -114,10 +117,18 @@ class ChunkGradients:
     keys_Gnd: Tensor | None
 
 
-def read_chunk(query_GXd: Tensor, view: MemoryView, config: MemoryConfig, group: MemoryGroup = LOCAL) -> ChunkRead:
-    """Read the memory as it is now (semantics A.1-4)."""
+def read_chunk(
+    query_GXd: Tensor,
+    view: MemoryView,
+    config: MemoryConfig,
+    group: MemoryGroup = LOCAL,
+    shape: ChunkShape | None = None,
+) -> ChunkRead:
+    """Read the memory as it is now (semantics A.1-4). The chunk's shape is that on all ranks; None: all is here."""
     address = addressing.address(query_GXd, view.keys_MH2nd, config)
-    route = group.route(address.slot_YP, address.weight_YP)
+    if shape is None:
+        shape = ChunkShape(view.memories, query_GXd.shape[1], view.memories)
+    route = group.route(address.slot_YP, address.weight_YP, shape)
     plan = route.plan
     rows_UD = view.read_rows(plan.slots_U)
     read_YD = route.to_tokens(gather_weighted_sum(rows_UD, plan.inverse_XP, route.weight, plan.offsets_X))
@@ -146,16 +157,21 @@ def lookahead_errors(read_BCD: Tensor, target_BND: Tensor) -> Tensor:
     return error
 
 
+def sequences(batch: int, memories: int, group: MemoryGroup) -> int:
+    """Sequences that write one memory together, on all ranks."""
+    return batch // memories * group.batches
+
+
 def write_scale(
     mask_BC: Tensor | None, batch: int, span: ChunkSpan, memories: int, config: MemoryConfig, group: MemoryGroup = LOCAL
 ) -> float | Tensor:
-    """samples * K * H / pairs of semantics A.6, of each memory: a number, or [M] with a mask."""
-    pairs = batch // memories * span.pairs
+    """samples * K * H / pairs of semantics A.6, of each memory with rows here: a number; with a mask [tables * M]."""
+    pairs = sequences(batch, memories, group) * span.pairs
     if pairs == 0:
         return 0.0
     if mask_BC is None:
-        return batch // memories * span.length * config.reads_per_token / pairs
-    samples = group.sum(mask_BC[:, : span.own_pairs].unflatten(0, (memories, -1)).sum((1, 2)))
+        return sequences(batch, memories, group) * span.length * config.reads_per_token / pairs
+    samples = group.count(mask_BC[:, : span.own_pairs].unflatten(0, (memories, -1)).sum((1, 2)))
     return samples.double() * (config.reads_per_token / pairs)
 
 
@@ -190,13 +206,15 @@ def write_values(
     return ChunkWrite(weight_Y, error_YD, weight, error, step_U, unclipped, decay)
 
 
-def memory_slope(read: ChunkRead, write: ChunkWrite, pairs: int) -> Tensor:
-    """[Y, P] derivative of half the mean memory loss with respect to the slot weights (values_only=False)."""
+def memory_slope(read: ChunkRead, write: ChunkWrite, pairs: int, config: MemoryConfig) -> Tensor:
+    """[Y, P] derivative of half the mean memory loss with respect to the slot weights (values_only=False).
+
+    `pairs` that write one memory, on all ranks.
+    """
     if pairs == 0:
         return torch.zeros_like(read.address.weight_YP)
     along = gather_dot(read.rows_UD, read.plan.inverse_XP, write.error_QD, read.plan.offsets_X)
-    share_Y = write.weight_Y / (pairs * write.error_YD.shape[1])
-    return read.route.reads_to_tokens(along) * share_Y.unsqueeze(1)
+    return read.route.reads_to_tokens(along * read.plan.by_pair(write.weight_Q / (pairs * config.v_dim)))
 
 
 @dataclass
@@ -266,7 +284,8 @@ def backward_values(
     """Backward of the write, the part that does not touch the scores' own chain.
 
     `row_gradient_UD` is dL/d of the rows after the write. Returns dL/d read [Y, D] (in all), dL/d error of the write
-    [Y, D], dL/d write weight [Y], and, on the row side, dL/d slot weight of the write.
+    [Y, D], dL/d write weight [Y] (the term of this rank's columns), and, on the row side, dL/d slot weight of the
+    write.
     """
     through = row_gradient_UD
     if write.unclipped_UD is not None:
@@ -282,14 +301,15 @@ def backward_values(
 
 
 def backward_memory_slope(
-    read: ChunkRead, write: ChunkWrite, slope_cotangent_YP: Tensor, pairs: int
+    read: ChunkRead, write: ChunkWrite, slope_cotangent_YP: Tensor, pairs: int, config: MemoryConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiates `memory_slope`: dL/d error [Y, D], dL/d write weight [Y], dL/d rows [U, D]."""
-    share = 1 / (pairs * write.error_YD.shape[1])
+    """Differentiates `memory_slope`: dL/d error [Y, D], dL/d write weight [Y], dL/d rows [U, D].
+
+    As that of `backward_values`, dL/d write weight is the term of this rank's columns.
+    """
+    share = 1 / (pairs * config.v_dim)
     plan, route = read.plan, read.route
-    weighted = route.reads_to_rows(slope_cotangent_YP * (write.weight_Y * share).unsqueeze(1))
-    of_error = route.to_tokens(gather_weighted_sum(read.rows_UD, plan.inverse_XP, weighted, plan.offsets_X))
-    along = route.reads_to_tokens(gather_dot(read.rows_UD, plan.inverse_XP, write.error_QD, plan.offsets_X))
-    of_weight = (slope_cotangent_YP * along).sum(1) * share
-    of_rows = scatter_weighted_add(plan.segments, write.error_QD, weighted)
-    return of_error, of_weight, of_rows
+    cotangent = route.reads_to_rows(slope_cotangent_YP)
+    along_YD = route.to_tokens(gather_weighted_sum(read.rows_UD, plan.inverse_XP, cotangent * share, plan.offsets_X))
+    of_rows = scatter_weighted_add(plan.segments, write.error_QD, cotangent * plan.by_pair(write.weight_Q * share))
+    return along_YD * write.weight_Y.unsqueeze(1), (along_YD * write.error_YD).sum(1), of_rows

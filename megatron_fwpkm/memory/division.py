@@ -78,6 +78,7 @@ class TokenDivision:
         self._to_own: _Move = _unmoved
         self._back: _Move = _unmoved
         self._to_targets: _Move
+        self._outside: TokenParts | None = None
         if group is None:
             place = torch.empty_like(self.own)
             place[self.own] = torch.arange(self.own.numel(), device=self.own.device)
@@ -85,12 +86,13 @@ class TokenDivision:
             self._to_targets = _Picked(targets[mine].to(device))
         elif self.sequence_parallel:
             held = _stretches(shape, ranks)
+            self._outside = TokenParts(held, group, device)
             self._to_own = TokenExchange(held, own, group, device)
             self._back = TokenExchange(own, held, group, device)
             self._to_targets = TokenExchange(held, targets, group, device)
         else:
-            parts = TokenParts(own, group, device)
-            self._enter, self._leave = parts.take, parts.gather
+            self._outside = TokenParts(own, group, device)
+            self._enter, self._leave = self._outside.take, self._outside.gather
             self._to_targets = TokenExchange(own, targets, group, device)
 
     def enter(self, hidden_XE: Tensor) -> Tensor:
@@ -108,6 +110,13 @@ class TokenDivision:
     def back(self, rows_YD: Tensor) -> Tensor:
         """The inverse of `to_own`."""
         return self._back(rows_YD)
+
+    def to_all(self, rows_XE: Tensor) -> Tensor:
+        """Projected rows of all ranks, on every rank, in order of the tokens' numbers.
+
+        Backward: the rows' gradients, which must be whole and the same on every rank.
+        """
+        return rows_XE if self._outside is None else self._outside.gather(rows_XE)
 
     def leave(self, rows_XE: Tensor) -> Tensor:
         """What the layer returns: the inverse of `enter`."""

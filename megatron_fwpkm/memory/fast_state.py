@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megatron_fwpkm.memory.config import MemoryConfig, Reset
 from megatron_fwpkm.memory.overlay import Overlay, usable_in_training
-from megatron_fwpkm.memory.routing import owned_slots
+from megatron_fwpkm.memory.placement import Sharding
+from megatron_fwpkm.memory.routing import own_columns, owned_slots
 from megatron_fwpkm.memory.undo import UndoLog
 
 _FOLD_BELOW = 2.0**-20
@@ -36,6 +37,8 @@ class MemoryView(Protocol):
     memories: int
     num_slots: int
     """Rows of one memory in this rank's table."""
+    tables: int
+    """Replicas whose memories have rows here, each `memories` of them; sub-keys are those of this rank's own."""
 
     @property
     def keys_MH2nd(self) -> Tensor:
@@ -68,17 +71,26 @@ class Snapshot:
     scale: float
 
 
-def _draw_owned(table_ND: Tensor, owned_N: Tensor, config: MemoryConfig, generator: torch.Generator) -> None:
-    """Fill a rank's rows with those of a whole table, drawn line by line of sub-keys: the whole may not fit here."""
-    n, width = config.n_subkeys, table_ND.shape[1]
+def _draw_part(
+    table: Tensor, owned_N: Tensor | None, columns: slice, config: MemoryConfig, generator: torch.Generator
+) -> None:
+    """Fill a rank's rows or columns with those of a whole table, drawn line by line: the whole may not fit here.
+
+    A line are the slots of one first sub-key; `owned_N` None stands for all slots.
+    """
+    n, width = config.n_subkeys, config.v_dim
     # The generator makes 16 normal numbers at a time: longer lines of other lengths would come out differently.
     lines = 1 if n * width % 16 == 0 else n
     deviation = 1 / math.sqrt(config.v_dim)
-    table_ND.zero_()
+    table.zero_()
     for first in range(0, n, lines):
-        drawn = torch.empty(lines * n, width, dtype=table_ND.dtype).normal_(0, deviation, generator=generator)
+        drawn = torch.empty(lines * n, width, dtype=table.dtype).normal_(0, deviation, generator=generator)
+        drawn = drawn[:, columns]
+        if owned_N is None:
+            table[first * n : (first + lines) * n] = drawn
+            continue
         places = ((owned_N >= first * n) & (owned_N < (first + lines) * n)).nonzero().view(-1)
-        table_ND[places] = drawn[owned_N[places] - first * n]
+        table[places] = drawn[owned_N[places] - first * n]
 
 
 class FastState:
@@ -98,35 +110,44 @@ class FastState:
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
+        sharding: Sharding = "slots",
     ) -> None:
         """Under `torch.device("meta")` the state has shapes only.
 
-        With several `ranks` the table has the slots of this one alone (`routing.owned_slots`), with the values that
-        they have in a whole table of the same seed; sub-keys are whole.
+        With several `ranks` the table has the slots of this one alone (`routing.owned_slots`), or with `sharding`
+        "columns" all slots in this one's columns, with the values that they have in a whole table of the same seed;
+        sub-keys are whole.
+
+        Raises:
+            ValueError: another dtype, more ranks than sub-keys, or columns that don't divide among the ranks.
         """
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the fast state is float32 (or float64 in tests), not {dtype}")
         self.config = config
         if not 0 <= rank < ranks <= config.n_subkeys:
             raise ValueError(f"rank {rank} of {ranks}: slots of {config.n_subkeys} sub-keys go to 1 to that many ranks")
-        self.owned = None if ranks == 1 else owned_slots(config.n_subkeys, rank, ranks)
+        by_slots = ranks > 1 and sharding == "slots"
+        self.owned = owned_slots(config.n_subkeys, rank, ranks) if by_slots else None
         """Slots of the rows, -1 for a row that is none's; None for all in order."""
+        by_columns = sharding == "columns"
+        self.columns = own_columns(config.v_dim, rank, ranks) if by_columns else slice(0, config.v_dim)
+        """Columns of the values that are here."""
         self.num_slots = config.num_slots if self.owned is None else self.owned.numel()
-        self.v_dim = config.v_dim
-        self.memories = 1
+        self.v_dim = self.columns.stop - self.columns.start
+        self.memories = self.tables = 1
         self.version = 0  # number of writes, kept in files
         self.generation = 0  # changes with every change, never goes back: how overlays notice
         self.scale = 1.0
         self.num_folds = 0
         generator = torch.Generator().manual_seed(seed)
         keys = torch.empty(config.heads, 2, config.n_subkeys, config.k_dim // 2, dtype=dtype)
-        table = torch.empty(config.num_slots if ranks == 1 else self.num_slots, self.v_dim, dtype=dtype)
+        table = torch.empty(self.num_slots, self.v_dim, dtype=dtype)
         if not keys.is_meta:
             keys.uniform_(-1 / math.sqrt(config.k_dim), 1 / math.sqrt(config.k_dim), generator=generator)
-            if self.owned is None:
+            if ranks == 1:
                 table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
             else:
-                _draw_owned(table, self.owned, config, generator)
+                _draw_part(table, self.owned, self.columns, config, generator)
             keys, table = keys.to(device), table.to(device)
         self.keys_H2nd, self.table_ND = keys, table
         self._log: UndoLog | None = None
@@ -164,16 +185,19 @@ class FastState:
         """The sub-keys as those of one memory."""
         return self.keys_H2nd.unsqueeze(0)
 
-    def view(self, batch: int, *, training: bool, reset: Reset | None = None) -> MemoryView:
+    def view(self, batch: int, *, training: bool, reset: Reset | None = None, replicas: int = 1) -> MemoryView:
         """The memory that one call reads and writes, by the reset policy (None: that of the configuration).
 
         In training: the base (`carry`), this step's overlay (`per_step`) or one throw-away memory for each sequence
         (`per_sequence`; `per_document`, where a call's sequences are documents). Otherwise the overlay of the running
         `evaluation()`, or a throw-away one; with `per_step` always a throw-away one, as if each call were a step.
+
+        Where the table has rows of several `replicas`' memories, there is one for each sequence of each replica, or one
+        for all: `MemoryGroup.tables` or `MemoryGroup.batches` must be their number.
         """
         reset = reset or self.config.reset
         if reset in ("per_sequence", "per_document"):
-            return Overlay(self, batch)
+            return Overlay(self, batch, replicas)
         if not training:
             carried = self._evaluation_overlay if reset == "carry" else None
             return carried or Overlay(self, 1)

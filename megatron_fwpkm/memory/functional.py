@@ -19,7 +19,7 @@ from megatron_fwpkm.memory.backward import CallBackward, CallContext, MemoryGrad
 from megatron_fwpkm.memory.chunk import ChunkRead, ChunkSpan, chunk_bounds, chunk_span
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import MemoryView
-from megatron_fwpkm.memory.inputs import check_inputs
+from megatron_fwpkm.memory.inputs import Expected, check_inputs
 from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 
@@ -50,8 +50,13 @@ def fast_memory(
     gate [B, T] or None; mask [B, T] bool or None. The view has one memory for the batch or one for each sequence.
     When a call fails, what it wrote to the fast state is taken back.
 
-    Over a `group` of ranks each has its tokens of every chunk, and `spans` say which: `target` then holds the targets
-    of those tokens, in their order. All ranks of the group call this together.
+    Over a `group` of ranks each has its tokens of every chunk, and `spans` say which (`sharding.token_share`): `target`
+    then holds the targets of those tokens, in their order. All ranks of the group call this together. Ranks of several
+    replicas have batches of one shape, and each its own.
+
+    With columns spread over the group query is that of this rank's tokens [B, own, H, k_dim], but gate and mask [B, T]
+    are those of all tokens, the same on all ranks; target [B, pairs, D / R] and the result [B, T, D / R] have all
+    tokens in this rank's columns. The gate's gradient then is whole on every rank, to be used once.
 
     Computes in the memory's dtype whatever the inputs' dtype and autocast; the result has the target's dtype.
 
@@ -60,10 +65,11 @@ def fast_memory(
         RuntimeError: called while a backward pass runs, as activation checkpointing does: that would write twice.
     """
     if spans is None:
-        spans = chunk_spans(query_BTHk.shape[1], config)
-        check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config)
+        tokens = query_BTHk.shape[1]
+        spans, expected = chunk_spans(tokens, config), Expected(tokens, tokens, tokens, config.v_dim, group)
     else:
-        check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config, sum(span.own_pairs for span in spans))
+        expected = Expected.of(spans, config, group)
+    check_inputs(query_BTHk, target_BTD, gate_BT, mask_BT, view, config, expected)
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "the memory was called inside a backward pass, as activation checkpointing does to recompute: it would "
@@ -96,9 +102,9 @@ class _FastMemory(torch.autograd.Function):
         call.keys_shape = call.view.keys_MH2nd.shape
         for span in call.spans:
             gate_BC, mask_BC = (None if t is None else t[:, span.tokens] for t in (gate, mask))
-            part = (query[:, span.tokens], target[:, span.targets], gate_BC, mask_BC)
+            part = (query[:, span.queries], target[:, span.targets], gate_BC, mask_BC)
             read, tensors, loss, addressing_loss = _forward_chunk(part, span, call)
-            reads.append(read.read_YD.view(query.shape[0], span.own_length, call.config.v_dim))
+            reads.append(read.read_YD.view(query.shape[0], span.own_length, target.shape[2]))
             losses.append(loss)
             addressing_losses.append(addressing_loss)
             if call.keep_graph:
@@ -106,6 +112,8 @@ class _FastMemory(torch.autograd.Function):
             if call.trace is not None:
                 traced.append(read.address)
         output = torch.cat(reads, 1)
+        if call.statistics is not None or call.trace is not None:
+            losses = [call.group.sum_columns(torch.cat(losses, 1))]
         if call.statistics is not None:
             call.statistics.finish_call(losses, addressing_losses, gate)
         if call.trace is not None and reads:
@@ -120,7 +128,7 @@ class _FastMemory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, target, gate, mask, output, *saved = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False), ctx.call.group.backward_pass():
             gradients = CallBackward(ctx.call, query, target, gate, mask, output, saved).run(output_gradient)
         return (*gradients, None, None)
 
@@ -128,35 +136,42 @@ class _FastMemory(torch.autograd.Function):
 def _forward_chunk(
     part: tuple[Tensor, Tensor, Tensor | None, Tensor | None], span: ChunkSpan, call: CallContext
 ) -> tuple[ChunkRead, list[Tensor | None], Tensor, Tensor]:
-    """Read and write one chunk. Returns the read, what backward needs, losses [B, pairs] and the addressing loss."""
+    """Read and write one chunk. Returns the read, what backward needs, losses [B, pairs] and the addressing loss.
+
+    Where columns are spread over ranks the losses are the terms of this rank's columns.
+    """
     query, target, gate, mask = part
     view, config, group = call.view, call.config, call.group
-    batch, length = query.shape[:2]
-    per_memory = batch // view.memories
+    batch, memories = query.shape[0], view.memories
+    sequences = chunk.sequences(batch, memories, group)
     keys = view.keys_MH2nd
-    read = chunk.read_chunk(chunk_queries(query, view.memories), view, config, group)
-    read_BCD = read.read_YD.view(batch, length, config.v_dim)
+    read = chunk.read_chunk(chunk_queries(query, memories), view, config, group, call.shape(batch, span))
+    read_BCD = read.read_YD.view(batch, span.own_length, target.shape[2])
     error = chunk.lookahead_errors(read_BCD, target).flatten(0, 1)
     weight = chunk.write_weights(gate, mask, read_BCD, span.own_pairs, config)
-    loss = (weight.flatten() * error.square().mean(1)).view(batch, length)[:, : span.own_pairs]
+    loss_BC = (weight.flatten() * (error.square().sum(1) / config.v_dim)).view(batch, span.own_length)
     scale = chunk.write_scale(mask, batch, span, view.memories, config, group)
     step = chunk.row_steps(read.plan, scale, error.dtype, view.num_slots, config)
     written = chunk.write_values(read, view, weight.flatten(), error, step, config)
-    slope = None if config.values_only else chunk.memory_slope(read, written, per_memory * span.pairs)
-    key_write = chunk.write_keys(read, view, slope, per_memory * span.length, config, group)
+    slope = None if config.values_only else chunk.memory_slope(read, written, sequences * span.pairs, config)
+    key_write = chunk.write_keys(read, view, slope, sequences * span.length, config, group)
     addressing_loss = key_write.usage.loss_M().mean()
     if call.statistics is not None:
-        call.statistics.add_chunk(read.plan, view.memories)
+        call.statistics.add_chunk(read.plan, view.memories * view.tables)
     top, plan, route = read.address.top, read.plan, read.route
     tensors: list[Tensor | None] = [keys, top.sub_index, top.sub_score, top.rank, top.score, read.address.weight_YP]
     tensors += [plan.slots_U, plan.inverse_XP, plan.counts_U, plan.segments.order, plan.segments.offsets]
     tensors += [read.rows_UD, step, written.weight_Y, written.unclipped_UD, key_write.unclipped_Gnd]
-    if group.size > 1:
-        queries = plan.segments.pairs
-        assert isinstance(queries, Tensor)
-        tensors += [route.weight, queries, plan.offsets_X, written.weight_Q, written.error_QD, *route.saved()]
+    tensors += [key_write.usage.mean_M2n]
+    queries = plan.segments.pairs
+    tensors += [queries if isinstance(queries, Tensor) else None, plan.offsets_X]
+    # On one rank, and with columns, the row side has the tensors of the token side; errors then are computed again.
+    tensors += [None if route.weight is read.address.weight_YP else route.weight]
+    tensors += [None if written.weight_Q is written.weight_Y else written.weight_Q]
+    tensors += [None if written.error_QD is written.error_YD else written.error_QD]
+    tensors += route.saved()
     call.decays.append(written.decay)
-    return read, tensors, loss, addressing_loss
+    return read, tensors, loss_BC[:, : span.own_pairs], addressing_loss
 
 
 def _fill_trace(

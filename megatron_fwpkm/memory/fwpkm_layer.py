@@ -8,50 +8,48 @@ Letters: B batch, T tokens, E hidden size, H heads, k = k_dim, D = v_dim.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.memory.backward import MemoryTrace
 from megatron_fwpkm.memory.cache import MemoryCache
+from megatron_fwpkm.memory.chunk import ChunkSpan
 from megatron_fwpkm.memory.config import MemoryConfig, Reset
 from megatron_fwpkm.memory.division import TokenDivision
 from megatron_fwpkm.memory.documents import groups_of_documents
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.functional import fast_memory
+from megatron_fwpkm.memory.groups import make_memory_group
 from megatron_fwpkm.memory.norms import RMSNorm
 from megatron_fwpkm.memory.placement import ALONE, Placement
-from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
-from megatron_fwpkm.memory.sharding import Owners, ProcessMemoryGroup
+from megatron_fwpkm.memory.routing import MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
+from megatron_fwpkm.memory.tokens import added_over
 from megatron_fwpkm.memory.whole_state import WholeState
 
 ZSCORE_EPSILON = 1e-6
 
 
-def zscore(x: Tensor) -> Tensor:
+def zscore(x: Tensor, size: int | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
     """(x - mean) / (std + 1e-6) over the last axis, with the unbiased standard deviation; float32 or wider inside.
 
-    Differentiable everywhere: for a constant row the gradient of the standard deviation is taken as 0.
+    Where columns are spread over a group `size` is the number of all. Differentiable everywhere: for a constant row the
+    gradient of the standard deviation is taken as 0.
     """
+    size = size or x.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / max(x.shape[-1] - 1, 1)
+    centred = wide - added_over(wide.sum(-1, keepdim=True), group) / size
+    variance = added_over(centred.square().sum(-1, keepdim=True), group) / max(size - 1, 1)
     positive = variance > 0
     deviation = variance.where(positive, 1).sqrt().where(positive, 0)
     return (centred / (deviation + ZSCORE_EPSILON)).to(x.dtype)
-
-
-def _memory_group(config: MemoryConfig, placement: Placement) -> MemoryGroup:
-    """The ranks that a memory's slots are spread over."""
-    if placement.memory_group is None:
-        return LOCAL
-    owners = Owners(config.n_subkeys, placement.memory_ranks)
-    return ProcessMemoryGroup(placement.memory_group, owners, config.reads_per_token)
 
 
 class FwPKMLayer(nn.Module):
@@ -88,23 +86,40 @@ class FwPKMLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.hidden_size, self.placement = config, hidden_size, placement
+        self.sequence_parallel = placement.sequence_parallel
         self.query_norm = norm(hidden_size)
         self.query_projection = linear(hidden_size, config.heads * config.k_dim, bias=True)
-        self.value_norm = norm(hidden_size)
-        self.value_projection = linear(hidden_size, config.v_dim, bias=True)
+        self._build_value(linear, norm)
         self.gate_norm = norm(hidden_size)
         self.gate_projection = linear(hidden_size, config.gate_outputs, bias=True)
-        self.output_norm = norm(config.v_dim)
-        self.output_projection = linear(config.v_dim, hidden_size, bias=True)
+        self._build_output(linear, norm)
         self.memory_reads = True
         self.reset: Reset = config.reset
         self.trace: MemoryTrace | None = None
         self.fast_state = FastState(
-            config, seed=seed, dtype=dtype, rank=placement.memory_rank, ranks=placement.memory_ranks
+            config,
+            seed=seed,
+            dtype=dtype,
+            rank=placement.memory_rank,
+            ranks=placement.memory_ranks,
+            sharding=placement.sharding,
         )
-        self._group = _memory_group(config, placement)
-        self._division: tuple[tuple[torch.Size, torch.device], TokenDivision] | None = None
-        self._statistics = MemoryStatistics(config, self.fast_state.num_slots, placement.memory_group)
+        # Where sequences have memories of their own, replicas' batches don't write together.
+        self._groups: dict[bool, MemoryGroup] = {
+            apart: make_memory_group(placement, config, apart=apart) for apart in (False, True)
+        }
+        self._division: tuple[tuple[torch.Size, torch.device, bool], TokenDivision] | None = None
+        # With columns every rank has the use of all slots.
+        spread = placement.memory_group if placement.sharding == "slots" else None
+        self._statistics = MemoryStatistics(config, self.fast_state.num_slots, spread)
+
+    def _build_value(self, linear: Callable[..., nn.Module], norm: Callable[[int], nn.Module]) -> None:
+        self.value_norm = norm(self.hidden_size)
+        self.value_projection = linear(self.hidden_size, self.config.v_dim, bias=True)
+
+    def _build_output(self, linear: Callable[..., nn.Module], norm: Callable[[int], nn.Module]) -> None:
+        self.output_norm = norm(self.config.v_dim)
+        self.output_projection = linear(self.config.v_dim, self.hidden_size, bias=True)
 
     def forward(
         self,
@@ -130,38 +145,34 @@ class FwPKMLayer(nn.Module):
         divided = self.placement.tensor_ranks > 1
         if cache is not None or not (self.memory_reads or divided):
             query, value, gate = self._project(hidden_BTE)
-            read = torch.zeros_like(value) if cache is None else cache(query, value, gate, loss_mask_BT)
+            read = torch.zeros_like(value)
+            if cache is not None and self.memory_reads:
+                read = self._recall(cache, query, value, gate, loss_mask_BT)
             return self._output(read, value, gate, hidden_BTE.dtype)
         self.fast_state.begin_microbatch()
         if divided or self.reset == "per_document":
             return self._forward_divided(hidden_BTE, loss_mask_BT, documents_BT)
         query, value, gate = self._project(hidden_BTE)
-        read = self._remember(query, value, gate, loss_mask_BT)
+        read = self._call_memory(query, value, gate, loss_mask_BT)
         return self._output(read, value, gate, hidden_BTE.dtype)
 
-    def _remember(self, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
-        """The reads [B, T, D] of whole sequences."""
-        view = self.fast_state.view(query.shape[0], training=self.training, reset=self.reset)
-        return fast_memory(
-            query,
-            value,
-            gate,
-            mask,
-            view,
-            self.config,
-            statistics=self._statistics,
-            trace=self.trace,
-            group=self._group,
-        )
+    def _recall(self, cache: MemoryCache, query: Tensor, value: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
+        """The reads of a cache's next tokens, which all ranks have."""
+        return cache(query, value, gate, mask)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [..., H, k], value [..., D], gate [...] of hidden states [..., E]."""
-        query = self.query_projection(self.query_norm(hidden)).unflatten(-1, (self.config.heads, -1))
+        return self._query(hidden), self._value(hidden), self._gate(hidden)
+
+    def _query(self, hidden: Tensor) -> Tensor:
+        return self.query_projection(self.query_norm(hidden)).unflatten(-1, (self.config.heads, -1))
+
+    def _value(self, hidden: Tensor) -> Tensor:
         value = self.value_projection(self.value_norm(hidden))
-        if self.config.normalize_value:
-            value = zscore(value)
-        gate = torch.sigmoid(self.gate_projection(self.gate_norm(hidden)).mean(-1))
-        return query, value, gate
+        return zscore(value) if self.config.normalize_value else value
+
+    def _gate(self, hidden: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate_projection(self.gate_norm(hidden)).mean(-1))
 
     def _output(self, read: Tensor, value: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         """Reads and values [..., D], gates [...], to [..., E]."""
@@ -194,16 +205,22 @@ class FwPKMLayer(nn.Module):
         """Who works on which tokens: the same as in the last call, as a rule."""
         if self.reset == "per_document":
             return self._divide_documents(hidden_BTE, documents_BT)
-        key = (hidden_BTE.shape, hidden_BTE.device)
+        key = (hidden_BTE.shape, hidden_BTE.device, self.sequence_parallel)
         if self._division is None or self._division[0] != key:
             batch, tokens = self._batch_shape(hidden_BTE)
             call_BT = torch.arange(batch * tokens).view(batch, tokens)
-            division = TokenDivision([call_BT], (batch, tokens), self.config, self.placement, hidden_BTE.device)
-            self._division = key, division
+            self._division = key, self._make_division([call_BT], (batch, tokens), hidden_BTE.device)
         return self._division[1]
 
+    def _make_division(self, calls: list[Tensor], shape: tuple[int, int], device: torch.device) -> TokenDivision:
+        return TokenDivision(calls, shape, self.config, self._placement_now(), device)
+
+    def _placement_now(self) -> Placement:
+        """The placement, with all tokens on each rank where the model is used so for a while."""
+        return dataclasses.replace(self.placement, sequence_parallel=self.sequence_parallel)
+
     def _batch_shape(self, hidden_BTE: Tensor) -> tuple[int, int]:
-        stretches = self.placement.tensor_ranks if self.placement.sequence_parallel else 1
+        stretches = self.placement.tensor_ranks if self.sequence_parallel else 1
         return hidden_BTE.shape[0], hidden_BTE.shape[1] * stretches
 
     def _divide_documents(self, hidden_BTE: Tensor, documents_BT: Tensor | None) -> TokenDivision:
@@ -223,7 +240,7 @@ class FwPKMLayer(nn.Module):
                 f"documents have shape {tuple(documents_BT.shape)}; expected {shape} to go with the tokens"
             )
         groups = [tokens_NL.cpu() for tokens_NL in groups_of_documents(documents_BT)]
-        return TokenDivision(groups, shape, self.config, self.placement, hidden_BTE.device)
+        return self._make_division(groups, shape, hidden_BTE.device)
 
     def _remember_calls(
         self, query_YHk: Tensor, target_XD: Tensor, gate_Y: Tensor, mask_Y: Tensor | None, division: TokenDivision
@@ -236,23 +253,41 @@ class FwPKMLayer(nn.Module):
             division.calls, query_YHk.split(tokens), target_XD.split(targets), gate_Y.split(tokens), masks, strict=True
         )
         reads = [target_XD[:0]]
-        # Calls on documents are on memories of their own and count as one.
-        with self._statistics.together() if self.reset == "per_document" else nullcontext():
+        with self._counted_together():
             for call, query, target, gate, mask in parts:
-                view = self.fast_state.view(call.batch, training=self.training, reset=self.reset)
-                read = fast_memory(
+                read = self._call_memory(
                     query.unflatten(0, (call.batch, call.tokens)),
                     target.unflatten(0, (call.batch, call.targets)),
                     gate.unflatten(0, (call.batch, call.tokens)),
                     None if mask is None else mask.unflatten(0, (call.batch, call.tokens)),
-                    view,
-                    self.config,
-                    statistics=self._statistics,
-                    group=self._group,
-                    spans=call.spans,
+                    call.spans,
                 )
                 reads.append(read.flatten(0, 1))
         return torch.cat(reads)
+
+    def _counted_together(self) -> AbstractContextManager[None]:
+        """Calls on documents are on memories of their own and count as one."""
+        return self._statistics.together() if self.reset == "per_document" else nullcontext()
+
+    def _call_memory(
+        self, query: Tensor, target: Tensor, gate: Tensor, mask: Tensor | None, spans: list[ChunkSpan] | None = None
+    ) -> Tensor:
+        """One call, on all tokens of its sequences or on this rank's."""
+        view = self.fast_state.view(
+            query.shape[0], training=self.training, reset=self.reset, replicas=self.placement.replicas
+        )
+        return fast_memory(
+            query,
+            target,
+            gate,
+            mask,
+            view,
+            self.config,
+            statistics=self._statistics,
+            trace=self.trace,
+            group=self._groups[self.reset in ("per_sequence", "per_document")],
+            spans=spans,
+        )
 
     def make_cache(self, batch: int, **options: Any) -> MemoryCache:
         """Streams for inference that start from the fast state as it is now; options as `MemoryCache` has them.

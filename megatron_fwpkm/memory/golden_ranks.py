@@ -21,7 +21,9 @@ from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import FastState, MemoryView
 from megatron_fwpkm.memory.functional import MemoryTrace, fast_memory
 from megatron_fwpkm.memory.golden import CaseInputs, CaseResult, Replay, replay_case
-from megatron_fwpkm.memory.sharding import Owners, ProcessMemoryGroup, TokenShare, token_share
+from megatron_fwpkm.memory.groups import make_memory_group
+from megatron_fwpkm.memory.placement import Placement
+from megatron_fwpkm.memory.sharding import TokenShare, token_share
 from megatron_fwpkm.memory.tokens import TokenParts
 from megatron_fwpkm.memory.whole_state import WholeState
 
@@ -66,8 +68,7 @@ class GroupReplay(Replay):
         own_query = parts.take(query.transpose(0, 1)).transpose(0, 1)
         own_gate = None if gate is None else parts.take(gate.t().contiguous()).t()
         own_mask = None if mask is None else mask[:, share.own]
-        owners = Owners(config.n_subkeys, self._ranks)
-        group = ProcessMemoryGroup(self._group, owners, config.reads_per_token)
+        group = make_memory_group(Placement(tensor_group=self._group, memory_group=self._group), config)
         own_target = _Summed.apply(target, self._group)[:, share.targets]
         output = fast_memory(
             own_query, own_target, own_gate, own_mask, view, config, trace=trace, group=group, spans=share.spans

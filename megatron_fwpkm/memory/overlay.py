@@ -41,19 +41,24 @@ def _unset(length: int, device: torch.device) -> Tensor:
 
 
 class Overlay:
-    """`memories` independent memories that all start as the base is now. Slot numbers are memory * N + slot."""
+    """`memories` independent memories that all start as the base is now. Slot numbers are memory * N + slot.
 
-    def __init__(self, base: FastState | WholeState, memories: int) -> None:
-        self.base, self.memories, self.num_slots = base, memories, base.num_slots
+    Of a memory that is spread over the ranks of several replicas it has rows of as many `tables`, `memories` each, one
+    after the other; sub-keys are those of this rank's replica.
+    """
+
+    def __init__(self, base: FastState | WholeState, memories: int, tables: int = 1) -> None:
+        self.base, self.memories, self.tables, self.num_slots = base, memories, tables, base.num_slots
         self._keys_MH2nd = base.keys_H2nd.unsqueeze(0).expand(memories, -1, -1, -1, -1)
         self._base_generation = base.generation
         self._base_factor = base.scale  # what an untouched row is multiplied with
         self._factor = 1.0  # what a stored row is multiplied with
-        self._position = _unset(memories * base.num_slots, base.device)
+        self._position = _unset(tables * memories * base.num_slots, base.device)
         self._slots = torch.empty(0, dtype=torch.int64, device=base.device)
         self._rows = torch.empty(0, base.v_dim, dtype=base.dtype, device=base.device)
         self._count = 0
         self._broken = False
+        self._several = tables * memories > 1
 
     @property
     def keys_MH2nd(self) -> Tensor:
@@ -107,7 +112,7 @@ class Overlay:
     def read_rows(self, slots_U: Tensor) -> Tensor:
         """True values [U, D] of distinct slots, as a new tensor. Raises as `check_usable` does."""
         self.check_usable()
-        rows = self.base.stored_rows(slots_U % self.base.num_slots if self.memories > 1 else slots_U)
+        rows = self.base.stored_rows(slots_U % self.base.num_slots if self._several else slots_U)
         if self._base_factor != 1.0:
             rows.mul_(self._base_factor)
         position, found = self._find(slots_U)
@@ -174,8 +179,10 @@ class Overlay:
         Raises:
             ValueError: there is more than one memory, so the base could not hold them.
         """
-        if self.memories != 1:
-            raise ValueError(f"this overlay has {self.memories} memories; only a single one can be written back")
+        if self._several:
+            raise ValueError(
+                f"this overlay has {self.memories * self.tables} memories; only a single one can be written back"
+            )
         slots = self.touched_slots().clone()
         self.base.replace_rows(slots, self.read_rows(slots), self._base_factor / self.base.scale)
         self.base.write_keys(self.keys_MH2nd)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.fast_state import FastState
+from megatron_fwpkm.memory.routing import own_columns
 from megatron_fwpkm.memory.sharding import Owners
 
 
@@ -20,15 +21,16 @@ class WholeState:
     """What overlays need of a fast state. All ranks of the group call its methods together, with the same slots.
 
     Args:
-        state: this rank's part, with the slots that it owns
-        group: the ranks that the slots are spread over
+        state: this rank's part: the slots that it owns, or its columns of all
+        group: the ranks that the memory is spread over
     """
 
     def __init__(self, state: FastState, group: dist.ProcessGroup) -> None:
         self._state, self._group, self._rank = state, group, dist.get_rank(group)
         self.config: MemoryConfig = state.config
-        self.num_slots, self.v_dim = state.config.num_slots, state.v_dim
-        self._owners = Owners(state.config.n_subkeys, dist.get_world_size(group))
+        self.num_slots, self.v_dim = state.config.num_slots, state.config.v_dim
+        self._ranks = dist.get_world_size(group)
+        self._owners = Owners(state.config.n_subkeys, self._ranks)
 
     @property
     def keys_H2nd(self) -> Tensor:
@@ -57,6 +59,8 @@ class WholeState:
 
     def stored_rows(self, slots_U: Tensor) -> Tensor:
         """[U, D] of the table, without the scale: each owner's rows, and zeros of the others added to them."""
+        if self._state.owned is None:
+            return self.all_columns(self._state.stored_rows(slots_U))
         here, row_U = self._own(slots_U)
         rows_UD = torch.zeros(slots_U.numel(), self.v_dim, dtype=self.dtype, device=self.device)
         rows_UD[here] = self._state.stored_rows(row_U)
@@ -64,9 +68,22 @@ class WholeState:
         return rows_UD
 
     def replace_rows(self, slots_U: Tensor, rows_UD: Tensor, decay: float = 1.0) -> None:
-        """Each owner sets its rows among these to the given true values, and decays all others."""
+        """Each owner sets its rows among these, or each rank its columns, to the true values; all others decay."""
+        if self._state.owned is None:
+            self._state.replace_rows(slots_U, self.own_columns(rows_UD), decay)
+            return
         here, row_U = self._own(slots_U)
         self._state.replace_rows(row_U, rows_UD[here], decay)
+
+    def all_columns(self, part: Tensor) -> Tensor:
+        """[..., D] of every rank's columns [..., D / R]."""
+        parts = part.new_empty(self._ranks * part.numel())
+        dist.all_gather_into_tensor(parts, part.reshape(-1), group=self._group)
+        return torch.cat(parts.view(self._ranks, *part.shape).unbind(), -1)
+
+    def own_columns(self, whole: Tensor) -> Tensor:
+        """The inverse of `all_columns`."""
+        return whole[..., own_columns(self.config.v_dim, self._rank, self._ranks)]
 
     def write_keys(self, keys_MH2nd: Tensor) -> None:
         """Replace the sub-keys."""

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_layer_over_ranks_equals_one_on_one_rank(tiny_job: TinyJob, ranks: int) -> None:
-    """Outputs, gradients by name, statistics, evaluation, caches and fast state."""
-    errors = tiny_job.worker("layer_checks.py", str(ranks), processes=ranks)
-    assert len({name.split(":")[0] for name in errors}) == 9 * 2 * 2
-    # Statistics are float32.
-    exact = {name: error for name, error in errors.items() if not error < 1e-12}
-    assert {name: error for name, error in exact.items() if not error < 1e-6 or name.split(": ")[1][:2] == "d "} == {}
+def test_layers_over_ranks_equal_one_on_one_rank(tiny_job: TinyJob) -> None:
+    """Outputs, gradients by name, statistics, evaluation, caches and fast state, in every layout of four ranks."""
+    errors = tiny_job.worker("layer_checks.py", processes=4)
+    assert len({name.split(":")[0] for name in errors}) == (9 * 9 - 3) * 2
+    wrong = {}
+    for name, error in errors.items():
+        limit = 1e-6 if ": statistics" in name else 1e-12  # statistics are float32
+        if not error < limit:
+            wrong[name] = error
+    assert wrong == {}

@@ -126,6 +126,6 @@ def test_autocast_does_not_reach_the_memory() -> None:
     layer = FwPKMLayer(6, dataclasses.replace(CONFIG, reset="per_sequence"))
     hidden = torch.randn(2, 9, 6)
     query, value, gate = layer._project(hidden)
-    plain = layer._remember(query, value, gate, None)
+    plain = layer._call_memory(query, value, gate, None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer._remember(query, value, gate, None), plain)
+        assert torch.equal(layer._call_memory(query, value, gate, None), plain)

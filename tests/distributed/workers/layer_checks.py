@@ -1,12 +1,10 @@
-"""Memory layers over ranks against one rank with the whole; prints the largest relative errors on rank 0.
-
-Arguments: a configuration (not read) and the number of tensor-parallel ranks.
-"""
+"""Memory layers over ranks against one rank with the whole; prints the largest relative errors on rank 0."""
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fwpkm.memory import FwPKMLayer, MemoryConfig
-from megatron_fwpkm.memory.placement import ALONE, Placement
+from megatron_fwpkm.memory.placement import ALONE, Placement, Routing
 
 SMALL: dict[str, Any] = {"heads": 2, "topk": 3, "n_subkeys": 8, "k_dim": 6, "v_dim": 8, "chunk_size": 7}
 CASES: dict[str, dict[str, Any]] = {
@@ -28,8 +26,31 @@ CASES: dict[str, dict[str, Any]] = {
     "keys too, clamped, decayed": {"values_only": False, "gradient_clip": True, "weight_decay": 0.05},
     "ungated": {"weigh_write_by_gate": False, "fuse_output_by_gate": False, "normalize_value": False},
 }
-BATCH, TOKENS, HIDDEN = 2, 36, 6
+BATCH, TOKENS, HIDDEN = 2, 36, 6  # of a replica; stretches of 18 or 9 tokens, chunks of 7
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 12 + [2] * 19, [0] * 19 + [1] * 16 + [2]])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of one memory: `replicas` batches, each worked on by `ranks`."""
+
+    ranks: int
+    sequence_parallel: bool = False
+    replicas: int = 1
+    routing: Routing = "dynamic"
+
+
+LAYOUTS = (
+    Layout(2),
+    Layout(2, sequence_parallel=True),
+    Layout(4),
+    Layout(4, sequence_parallel=True),
+    Layout(2, sequence_parallel=True, routing="static"),
+    Layout(4, routing="static"),
+    Layout(1, replicas=2),
+    Layout(2, replicas=2),
+    Layout(2, sequence_parallel=True, replicas=2, routing="static"),
+)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -45,18 +66,40 @@ def make_layer(config: MemoryConfig, placement: Placement) -> FwPKMLayer:
     return layer
 
 
-def stretch(x: Tensor, placement: Placement) -> Tensor:
-    """What this rank has of [B, T, ...] outside the layer."""
-    return x.chunk(placement.tensor_ranks, 1)[placement.tensor_rank] if placement.sequence_parallel else x
+class View:
+    """What this rank has of the batches of all replicas."""
 
+    def __init__(self, placement: Placement, replicas: int) -> None:
+        self.placement, self.replicas = placement, replicas
+        self.replica = placement.memory_rank // placement.tensor_ranks
+        self.batch = BATCH * replicas // placement.replicas
 
-def whole(x: Tensor, placement: Placement) -> Tensor:
-    """[B, T, ...] from every rank's stretch."""
-    if not placement.sequence_parallel:
+    def own(self, x: Tensor) -> Tensor:
+        """Of [replicas * B, T, ...]: its replica's sequences, and its stretch of them."""
+        x = x[self.replica * self.batch : (self.replica + 1) * self.batch]
+        if self.placement.sequence_parallel:
+            x = x.chunk(self.placement.tensor_ranks, 1)[self.placement.tensor_rank]
         return x
-    parts = [torch.empty_like(x) for _ in range(placement.tensor_ranks)]
-    dist.all_gather(parts, x.contiguous(), group=placement.tensor_group)
-    return torch.cat(parts, 1)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """Its replica's sequences, whole."""
+        return x[self.replica * self.batch : (self.replica + 1) * self.batch]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The inverse of `own`."""
+        if self.placement.memory_group is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.placement.memory_ranks)]
+        dist.all_gather(parts, x.contiguous(), group=self.placement.memory_group)
+        ranks = self.placement.tensor_ranks
+        batches = [parts[first : first + ranks] for first in range(0, len(parts), ranks)]
+        return torch.cat([torch.cat(b, 1) if self.placement.sequence_parallel else b[0] for b in batches])
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of what all ranks' tokens contribute."""
+        if self.placement.memory_group is not None:
+            dist.all_reduce(x, group=self.placement.memory_group)
+        return x
 
 
 def values(layer: FwPKMLayer) -> Tensor:
@@ -70,69 +113,87 @@ def values(layer: FwPKMLayer) -> Tensor:
     return dense
 
 
-def run(config: MemoryConfig, masked: bool, placement: Placement) -> dict[str, Tensor]:
-    layer, found = make_layer(config, placement), dict[str, Tensor]()
-    mask = draw(5, BATCH, TOKENS) > -0.5 if masked else None
+def run(config: MemoryConfig, masked: bool, placement: Placement, replicas: int) -> dict[str, Tensor]:
+    layer, found, view = make_layer(config, placement), dict[str, Tensor](), View(placement, replicas)
+    shape = (BATCH * replicas, TOKENS)
+    documents = view.sequences(DOCUMENTS.repeat(replicas, 1))
+    mask = view.sequences(draw(5, *shape) > -0.5) if masked else None
     for call in range(2):
-        hidden = stretch(draw(20 + call, BATCH, TOKENS, HIDDEN), placement).clone().requires_grad_()
-        output = layer(hidden, mask, None, DOCUMENTS)
-        (output * stretch(draw(30, BATCH, TOKENS, HIDDEN), placement)).sum().backward()
+        hidden = view.own(draw(20 + call, *shape, HIDDEN)).clone().requires_grad_()
+        output = layer(hidden, mask, None, documents)
+        (output * view.own(draw(30, *shape, HIDDEN))).sum().backward()
         assert hidden.grad is not None
-        found[f"output {call}"] = whole(output.detach(), placement)
-        found[f"d hidden {call}"] = whole(hidden.grad, placement)
-        found.update({f"{name} {call}": value.double() for name, value in layer.statistics().items()})
+        found[f"output {call}"] = view.whole(output.detach())
+        found[f"d hidden {call}"] = view.whole(hidden.grad)
+        found.update({f"statistics {name} {call}": value.double() for name, value in layer.statistics().items()})
     for name, parameter in layer.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if placement.tensor_group is not None:  # each rank has seen its own tokens
-            dist.all_reduce(gradient, group=placement.tensor_group)
-        found[f"d {name}"] = gradient
+        found[f"d {name}"] = view.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     layer.eval()
     with torch.no_grad(), layer.fast_state.evaluation():
         for call in range(2):
-            found[f"evaluation {call}"] = whole(
-                layer(stretch(draw(40 + call, BATCH, TOKENS, HIDDEN), placement), mask, None, DOCUMENTS), placement
-            )
+            hidden = view.own(draw(40 + call, *shape, HIDDEN))
+            found[f"evaluation {call}"] = view.whole(layer(hidden, mask, None, documents))
     layer.memory_reads = False
     with torch.no_grad():
-        found["reads off"] = whole(
-            layer(stretch(draw(40, BATCH, TOKENS, HIDDEN), placement), mask, None, DOCUMENTS), placement
-        )
+        found["reads off"] = view.whole(layer(view.own(draw(40, *shape, HIDDEN)), mask, None, documents))
     layer.memory_reads = True
     found["values"], found["keys"] = values(layer), layer.fast_state.keys_H2nd
-    if not placement.sequence_parallel:
-        found.update(stream(layer, mask))
+    if not placement.sequence_parallel and placement.replicas == 1:
+        found.update(stream(layer, mask, shape[0]))
     return found
 
 
 @torch.no_grad()
-def stream(layer: FwPKMLayer, mask: Tensor | None) -> dict[str, Tensor]:
+def stream(layer: FwPKMLayer, mask: Tensor | None, batch: int) -> dict[str, Tensor]:
     """Tokens in pieces through a cache; a shared memory that is kept."""
-    hidden, sizes = draw(50, BATCH, TOKENS, HIDDEN), [1, 9, 26]
+    hidden, sizes = draw(50, batch, TOKENS, HIDDEN), [1, 9, 26]
     masks = [None] * len(sizes) if mask is None else mask.split(sizes, 1)
-    cache = layer.make_cache(BATCH)
+    cache = layer.make_cache(batch)
     pieces = [layer(piece, own, cache) for piece, own in zip(hidden.split(sizes, 1), masks, strict=True)]
-    cache = layer.make_cache(BATCH, memory="shared")
+    cache = layer.make_cache(batch, memory="shared")
     layer(hidden, mask, cache)
     cache.finish()
     cache.commit()
     return {"cache": torch.cat(pieces, 1), "kept values": values(layer), "kept keys": layer.fast_state.keys_H2nd}
 
 
+def placements() -> Iterator[tuple[Layout, Placement]]:
+    """Every layout, with this rank's groups."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = {layout.ranks * layout.replicas for layout in LAYOUTS} | {layout.ranks for layout in LAYOUTS}
+    groups = {
+        size: [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+        for size in sorted(sizes)
+    }
+    for layout in LAYOUTS:
+        tensor_group = groups[layout.ranks][rank // layout.ranks] if layout.ranks > 1 else None
+        together = layout.ranks * layout.replicas
+        yield (
+            layout,
+            Placement(
+                tensor_group=tensor_group,
+                memory_group=groups[together][rank // together],
+                sequence_parallel=layout.sequence_parallel,
+                routing=layout.routing,
+            ),
+        )
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    ranks = int(sys.argv[2])
-    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, dist.get_world_size(), ranks)]
-    group = groups[dist.get_rank() // ranks]
+    layouts = list(placements())
     errors: dict[str, float] = {}
     for name, changes in CASES.items():
         config = MemoryConfig(**{**SMALL, **changes})
         for masked in (False, True):
-            for sequence_parallel in (False, True):
-                placement = Placement(tensor_group=group, memory_group=group, sequence_parallel=sequence_parallel)
-                wanted, found = run(config, masked, ALONE), run(config, masked, placement)
+            wanted = {replicas: run(config, masked, ALONE, replicas) for replicas in (1, 2)}
+            for layout, placement in layouts:
+                if layout.replicas > 1 and name == "per document":
+                    continue  # refused: their documents differ
+                found = run(config, masked, placement, layout.replicas)
                 for key in found:
-                    error = float((found[key] - wanted[key]).norm() / wanted[key].norm().clamp_min(1e-30))
-                    layout = "sequence parallel" if sequence_parallel else "tensor parallel"
+                    expected = wanted[layout.replicas][key]
+                    error = float((found[key] - expected).norm() / expected.norm().clamp_min(1e-30))
                     errors[f"{name}, {'masked' if masked else 'whole'}, {layout}: {key}"] = error
     if dist.get_rank() == 0:
         print(json.dumps(errors), flush=True)
