@@ -38,10 +38,11 @@ class Links:
 
     def all_to_all_even(self, sent: Tensor, phase: Phase) -> Tensor:
         """R equal stretches of rows along the first axis, to each rank its own."""
+        sent = sent.contiguous()
         arrived = torch.empty_like(sent)
         if sent.numel() == 0:
             return arrived
-        dist.all_to_all_single(arrived, sent.contiguous(), group=self.group)
+        dist.all_to_all_single(arrived, sent, group=self.group)
         others = self.size - 1
         self.traffic.add(phase, sent.shape[0] // self.size * others * _row_bytes(sent), others)
         return arrived

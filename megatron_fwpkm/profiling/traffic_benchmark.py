@@ -61,7 +61,8 @@ class TrafficRow:
     """One way to exchange over some ranks, for one call; bytes and messages of all ranks, of the backward pass alone.
 
     Attributes:
-        forward_s, total_s: medians of the slowest rank
+        forward_s, total_s: medians over calls of the slowest rank's time
+        lowest_s: the shortest of both passes, which other work on the machine disturbs least
         sent_bytes, messages: by phase, of all ranks
         most_bytes, most_messages: of the rank that sends most, in all phases
         load: reads of the owner that has most / mean
@@ -73,6 +74,7 @@ class TrafficRow:
     tokens: int
     forward_s: float
     total_s: float
+    lowest_s: float
     sent_bytes: dict[str, int]
     messages: dict[str, int]
     most_bytes: int
@@ -208,6 +210,7 @@ def _row(kind: str, settings: TrafficSettings, sent: Traffic, times: list[tuple[
         settings.tokens,
         statistics.median(forward for forward, _ in slowest),
         statistics.median(both for _, both in slowest),
+        min(both for _, both in slowest),
         {phase: int(value) for phase, value in zip(phases, sums[:5], strict=True)},
         {phase: int(value) for phase, value in zip(phases, sums[5:], strict=True)},
         int(most_bytes),
@@ -269,7 +272,9 @@ def _measured_table(rows: list[TrafficRow]) -> Any:
     from rich.table import Table
 
     columns = ("ranks", "way", "bytes/token", "forward", "backward", "keys", "messages/call", "load", "distinct")
-    table = Table(*columns, "forward ms", "total ms", box=None, title="sent by all ranks, and time on this machine")
+    table = Table(
+        *columns, "forward ms", "total ms", "lowest", box=None, title="sent by all ranks, and time on this machine"
+    )
     for row in rows:
         keys, backward = row.sent_bytes["keys"], row.sent_bytes["backward"]
         total = sum(row.sent_bytes.values())
@@ -283,6 +288,7 @@ def _measured_table(rows: list[TrafficRow]) -> Any:
             f"{row.distinct_ratio:.2f}",
             f"{row.forward_s * 1e3:.1f}",
             f"{row.total_s * 1e3:.1f}",
+            f"{row.lowest_s * 1e3:.1f}",
         )
     return table
 
