@@ -87,6 +87,10 @@ def chunk_queries(query_BCHk: Tensor, memories: int) -> Tensor:
     return addressing.split_queries(query_BCHk.reshape(memories, per_memory, *query_BCHk.shape[2:]))
 
 
+def _either(saved: Any, otherwise: Any) -> Any:
+    return otherwise if saved is None else saved
+
+
 class CallBackward:
     """The backward pass of one call: chunks in reverse, over the rows that the call touched."""
 
@@ -102,12 +106,12 @@ class CallBackward:
     ) -> None:
         self.call, self.config, self.memories = call, call.config, call.keys_shape[0]
         self.query, self.target, self.gate, self.mask, self.output = query, target, gate, mask, output
-        names = SAVED_TENSORS
         width = len(saved) // len(call.spans)
         self.saved: list[dict[str, Any]] = []
         for first in range(0, len(saved), width):
             of_chunk = saved[first : first + width]
-            self.saved.append({**dict(zip(names, of_chunk, strict=False)), "route": tuple(of_chunk[len(names) :])})
+            route = tuple(of_chunk[len(SAVED_TENSORS) :])
+            self.saved.append({**dict(zip(SAVED_TENSORS, of_chunk, strict=False)), "route": route})
         # One compact table for the gradients of all rows of the call.
         slots = [tensors["slots"] for tensors in self.saved]
         self.slots, position = torch.unique(torch.cat(slots), return_inverse=True)
@@ -126,7 +130,7 @@ class CallBackward:
             self._chunk(index, output_gradient, of_query, of_target, of_gate)
         if self.call.trace is not None:
             self._report_memory_gradient()
-        if of_gate is not None:
+        if of_gate is not None and self.config.weigh_write_by_gate:
             of_gate = self.call.group.sum_columns(of_gate)
         return of_query, of_target, of_gate
 
@@ -136,18 +140,11 @@ class CallBackward:
         top = ProductKeyTopk(
             tensors["sub_index"], tensors["sub_score"], tensors["rank"], tensors["slot_score"], tensors["slot_score"]
         )
-        queries, offsets = tensors["row_queries"], tensors["row_offsets"]
-        segments = Segments(
-            tensors["order"], tensors["offsets"], tensors["inverse"].shape[-1] if queries is None else queries
-        )
-        plan = SlotPlan(tensors["slots"], tensors["inverse"], tensors["counts"], segments, offsets)
-        shape = self.call.shape(self.query.shape[0], span)
-        row_weight, row_write_weight, row_error = (
-            tensors[name] for name in ("row_weight", "row_write_weight", "row_error")
-        )
-        route = self.call.group.restore(
-            plan, tensors["weight"] if row_weight is None else row_weight, tensors["route"], shape
-        )
+        queries = _either(tensors["row_queries"], tensors["inverse"].shape[-1])
+        segments = Segments(tensors["order"], tensors["offsets"], queries)
+        plan = SlotPlan(tensors["slots"], tensors["inverse"], tensors["counts"], segments, tensors["row_offsets"])
+        weight, shape = _either(tensors["row_weight"], tensors["weight"]), self.call.shape(self.query.shape[0], span)
+        route = self.call.group.restore(plan, weight, tensors["route"], shape)
         read_BCD = self.output[:, span.tokens]
         query = chunk_queries(self.query[:, span.queries], self.memories)
         # Nobody asks for the slots' numbers any more.
@@ -157,8 +154,8 @@ class CallBackward:
         write = ChunkWrite(
             tensors["write_weight"],
             error,
-            tensors["write_weight"] if row_write_weight is None else row_write_weight,
-            error if row_error is None else row_error,
+            _either(tensors["row_write_weight"], tensors["write_weight"]),
+            _either(tensors["row_error"], error),
             tensors["step"],
             tensors["unclipped_rows"],
             self.call.decays[index],

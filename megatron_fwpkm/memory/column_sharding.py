@@ -63,10 +63,10 @@ class ColumnMemoryGroup(RankGroup):
     def route(self, slot_YP: Tensor, weight_YP: Tensor, shape: ChunkShape) -> ColumnRoute:
         """Slots and weights of all tokens, on all ranks."""
         shares = self.shares(shape, slot_YP.device)
-        slot_QP = shares.gather(slot_YP.to(self.slot_type(shape)), "plan").long()
+        slot_QP, weight_QP = self.gather_reads(slot_YP, weight_YP, shape)
         plan = plan_slots(slot_QP)
         self.traffic.add_chunk(slot_QP.numel(), plan.slots_U.numel(), self.size * slot_QP.numel())
-        return ColumnRoute(shares, plan, shares.gather(weight_YP, "plan"))
+        return ColumnRoute(shares, plan, weight_QP)
 
     def restore(self, plan: SlotPlan, weight: Tensor, saved: tuple[Tensor, ...], shape: ChunkShape) -> ColumnRoute:
         """A route that was made before."""

@@ -17,6 +17,8 @@ from fwpkm_kernels import SlotPlan
 from megatron_fwpkm.memory.routing import ChunkShape, Route
 from megatron_fwpkm.memory.traffic import Phase, Traffic
 
+_SHARES_KEPT = 64  # calls of one length need one or two; documents are of many lengths
+
 
 class Links:
     """The collectives over one process group; None stands for this rank alone."""
@@ -36,10 +38,11 @@ class Links:
 
     def all_to_all_even(self, sent: Tensor, phase: Phase) -> Tensor:
         """R equal stretches of rows along the first axis, to each rank its own."""
+        sent = sent.contiguous()
         arrived = torch.empty_like(sent)
         if sent.numel() == 0:
             return arrived
-        dist.all_to_all_single(arrived, sent.contiguous(), group=self.group)
+        dist.all_to_all_single(arrived, sent, group=self.group)
         others = self.size - 1
         self.traffic.add(phase, sent.shape[0] // self.size * others * _row_bytes(sent), others)
         return arrived
@@ -63,6 +66,19 @@ class Links:
         steps = 2 * (self.size - 1)
         self.traffic.add(phase, steps * -(-total.numel() // self.size) * total.element_size(), steps)
         return total
+
+
+def pack(ids: Tensor, numbers: Tensor) -> Tensor:
+    """Ids [..., P] and numbers [..., P] as bytes [..., P, i + w], to go in one message."""
+    return torch.cat([part.contiguous().unsqueeze(-1).view(torch.uint8) for part in (ids, numbers)], -1)
+
+
+def unpack(packed: Tensor, ids: torch.dtype, numbers: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`; ids as int64."""
+    # Copies, which contiguous() may not make of few or no rows: a wider type must begin at a multiple of its size.
+    split = packed.split([ids.itemsize, numbers.itemsize], -1)
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in split]
+    return parts[0].view(ids).squeeze(-1).long(), parts[1].view(numbers).squeeze(-1)
 
 
 def _row_bytes(tensor: Tensor) -> int:
@@ -167,6 +183,8 @@ class RankGroup(ABC):
         """Which rank has which tokens of a chunk."""
         key = shape, device
         if key not in self._shares:
+            if len(self._shares) >= _SHARES_KEPT:
+                self._shares.clear()
             self._shares[key] = Shares(shape, self.links, self.replicas, device)
         return self._shares[key]
 
@@ -201,9 +219,11 @@ class RankGroup(ABC):
         """Slots in the numbering of all tables: (table * M + memory) * N + slot."""
         return slot_YP + self.table * shape.memories * self.num_slots if self.table else slot_YP
 
-    def slot_type(self, shape: ChunkShape) -> torch.dtype:
-        """The integers in which such slots are sent."""
-        return id_type(self.tables * shape.memories * self.num_slots)
+    def gather_reads(self, slot_YP: Tensor, weight_YP: Tensor, shape: ChunkShape) -> tuple[Tensor, Tensor]:
+        """Slots [Q, P] (in the numbering of all tables) and weights of all tokens, on all ranks."""
+        kind = id_type(self.tables * shape.memories * self.num_slots)
+        sent = pack(self.number(slot_YP, shape).to(kind), weight_YP)
+        return unpack(self.shares(shape, slot_YP.device).gather(sent, "plan"), kind, weight_YP.dtype)
 
     def all_reads(self, shape: ChunkShape) -> int:
         """Reads of a chunk on all ranks."""

@@ -51,8 +51,8 @@ def fast_memory(
     When a call fails, what it wrote to the fast state is taken back.
 
     Over a `group` of ranks each has its tokens of every chunk, and `spans` say which (`sharding.token_share`): `target`
-    then holds the targets of those tokens, in their order. All ranks of the group call this together. Ranks of several
-    replicas have batches of one shape, and each its own.
+    then holds the targets of those tokens, in their order. All ranks of the group call this together, with statistics
+    and a trace on all or on none. Ranks of several replicas have batches of one shape, and each its own.
 
     With columns spread over the group query is that of this rank's tokens [B, own, H, k_dim], but gate and mask [B, T]
     are those of all tokens, the same on all ranks; target [B, pairs, D / R] and the result [B, T, D / R] have all

@@ -24,7 +24,7 @@ from torch import Tensor
 from fwpkm_kernels import SlotPlan, plan_slots
 from megatron_fwpkm.memory.chunk import ChunkSpan, chunk_bounds
 from megatron_fwpkm.memory.config import MemoryConfig
-from megatron_fwpkm.memory.exchange import RankGroup, id_type, share_bounds
+from megatron_fwpkm.memory.exchange import RankGroup, id_type, pack, share_bounds, unpack
 from megatron_fwpkm.memory.routing import ChunkShape
 
 
@@ -181,10 +181,11 @@ class ProcessMemoryGroup(SlotGroup):
         splits = torch.cat([counts_out.t(), counts_in.t()]).cpu()
         pairs_to, reads_to, pairs_from, reads_from = splits.tolist()
         reads_arrived = links.all_to_all(reads_of_pair, pairs_to, pairs_from, "plan")
-        rows_arrived = links.all_to_all(row_YP.reshape(-1)[order], reads_to, reads_from, "plan")
-        weight_arrived = links.all_to_all(weight_YP.reshape(-1)[order], reads_to, reads_from, "plan")
-        offsets = torch.cat([rows_arrived.new_zeros(1, dtype=torch.int64), reads_arrived.cumsum(0)])
-        plan = plan_slots(rows_arrived.long(), offsets)
+        sent = pack(row_YP.reshape(-1)[order], weight_YP.reshape(-1)[order])
+        arrived = links.all_to_all(sent, reads_to, reads_from, "plan")
+        rows_arrived, weight_arrived = unpack(arrived, row_YP.dtype, weight_YP.dtype)
+        offsets = torch.cat([rows_arrived.new_zeros(1), reads_arrived.cumsum(0)])
+        plan = plan_slots(rows_arrived, offsets)
         self.traffic.add_chunk(rows_arrived.numel(), plan.slots_U.numel(), self.all_reads(shape))
         return GroupRoute(self, plan, weight_arrived, (order, token_of_pair, splits))
 

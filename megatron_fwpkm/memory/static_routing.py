@@ -59,9 +59,8 @@ class StaticMemoryGroup(SlotGroup):
     def route(self, slot_YP: Tensor, weight_YP: Tensor, shape: ChunkShape) -> StaticRoute:
         """Send reads to all ranks; each keeps those of its rows, in the order of the tokens."""
         shares = self.shares(shape, slot_YP.device)
-        sent_YP = self.number(slot_YP, shape).to(self.slot_type(shape))
-        owner_QP, row_QP = self.owners.locate(shares.gather(sent_YP, "plan").long())
-        weight_QP = shares.gather(weight_YP, "plan")
+        slot_QP, weight_QP = self.gather_reads(slot_YP, weight_YP, shape)
+        owner_QP, row_QP = self.owners.locate(slot_QP)
         here_QP = owner_QP == self.rank
         owned_E = here_QP.view(-1).nonzero().view(-1)
         offsets_Q = torch.cat([owned_E.new_zeros(1), here_QP.sum(1).cumsum(0)])

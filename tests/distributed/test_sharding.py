@@ -17,9 +17,17 @@ def test_a_memory_over_ranks_equals_a_whole_one(tiny_job: TinyJob) -> None:
 
     Slots in messages of any size and padded ones, and columns; over the ranks of one batch, and of two replicas'.
     """
-    errors = tiny_job.worker("sharding_checks.py", processes=4)
+    found = tiny_job.worker("sharding_checks.py", processes=4)
+    errors = found["errors"]
     assert len(errors) == 12 * (2 * 5 + 3 + 2)
     assert {name: error for name, error in errors.items() if not error < 1e-13} == {}
+    said = found["said"]
+    assert "those of 2 replicas" in said["columns of replicas"]
+    assert "v_dim is 5: its columns don't divide among 4 ranks" in said["indivisible columns"]
+    assert "n_subkeys is 3" in said["few sub-keys"]
+    assert "can't be written by 2 replicas' batches together" in said["one for all, each its own"]
+    assert "has rows for 1 replicas' memories, the group for 2" in said["apart, but one table"]
+    assert "an input of another rank holds NaN or infinity" in said["not finite"]
 
 
 def test_what_is_sent_is_what_the_formulas_say(tiny_job: TinyJob) -> None:

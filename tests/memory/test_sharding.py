@@ -7,8 +7,10 @@ import torch
 
 from megatron_fwpkm.memory import FastState, MemoryConfig
 from megatron_fwpkm.memory.chunk import chunk_bounds
+from megatron_fwpkm.memory.exchange import pack, unpack
 from megatron_fwpkm.memory.routing import owned_slots
-from megatron_fwpkm.memory.sharding import Owners, token_share
+from megatron_fwpkm.memory.sharding import Owners, column_share, token_share
+from megatron_fwpkm.memory.traffic import Traffic
 
 RANKS = [2, 3, 4, 7]
 
@@ -43,6 +45,57 @@ def test_tables_of_ranks_are_parts_of_the_whole_one(n_subkeys: int, v_dim: int, 
         assert not part.table_ND[~there].any()
     with pytest.raises(ValueError, match=f"slots of {n_subkeys} sub-keys go to 1 to that many ranks"):
         FastState(config, rank=0, ranks=n_subkeys + 1)
+
+
+@pytest.mark.parametrize(("n_subkeys", "v_dim"), [(8, 12), (7, 12), (16, 24)])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_columns_of_ranks_are_parts_of_the_whole_table(n_subkeys: int, v_dim: int, ranks: int) -> None:
+    config = MemoryConfig(heads=1, topk=2, n_subkeys=n_subkeys, k_dim=4, v_dim=v_dim)
+    whole = FastState(config, seed=4)
+    parts = [FastState(config, seed=4, rank=rank, ranks=ranks, sharding="columns") for rank in range(ranks)]
+    assert torch.equal(torch.cat([part.table_ND for part in parts], 1), whole.table_ND)
+    assert all(torch.equal(part.keys_H2nd, whole.keys_H2nd) and part.owned is None for part in parts)
+    with pytest.raises(ValueError, match=f"v_dim is {v_dim}: its columns don't divide among 5 ranks"):
+        FastState(config, rank=0, ranks=5, sharding="columns")
+
+
+@pytest.mark.parametrize("ranks", [1, *RANKS])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 8, 27])
+def test_ranks_with_columns_share_queries_and_have_all_vectors(tokens: int, lookahead: int, ranks: int) -> None:
+    config = MemoryConfig(heads=1, topk=2, n_subkeys=8, k_dim=4, v_dim=4, chunk_size=8, lookahead=lookahead)
+    whole = token_share(tokens, config, 0, 1)
+    for rank in range(ranks):
+        own, share = token_share(tokens, config, rank, ranks), column_share(tokens, config, rank, ranks)
+        assert torch.equal(share.own, own.own) and torch.equal(share.targets, whole.targets)
+        for of_share, of_own, of_all in zip(share.spans, own.spans, whole.spans, strict=True):
+            assert of_share.queries == of_own.queries
+            assert (of_share.tokens, of_share.targets) == (of_all.tokens, of_all.targets)
+            assert (of_share.length, of_share.pairs) == (of_all.length, of_all.pairs)
+
+
+@pytest.mark.parametrize("numbers", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (4, 3), (1, 3), (0, 3)])
+def test_ids_and_numbers_travel_together(shape: tuple[int, ...], ids: torch.dtype, numbers: torch.dtype) -> None:
+    slots, weights = torch.randint(2**31 - 1, shape, dtype=ids), torch.randn(shape).to(numbers)
+    packed = pack(slots, weights)
+    assert packed.shape == (*shape, ids.itemsize + numbers.itemsize)
+    there, back = unpack(packed, ids, numbers)
+    assert torch.equal(there, slots.long()) and torch.equal(back, weights)
+
+
+def test_traffic_is_counted_by_phase_and_taken_once() -> None:
+    traffic = Traffic(ranks=4)
+    traffic.add("read", 100, 3)
+    with traffic.backward_pass():
+        traffic.add("read", 10, 1)
+        traffic.add("keys", 1, 1)
+    traffic.add_chunk(reads_here=30, rows_here=15, reads_of_all=80)
+    taken = traffic.take()
+    assert taken.sent_bytes == {"read": 100, "backward": 11} and taken.messages == {"read": 3, "backward": 2}
+    assert (taken.load, taken.distinct_ratio, taken.chunks) == (1.5, 0.5, 1)
+    assert not traffic.sent_bytes and not traffic.take().reads_of_all
 
 
 @pytest.mark.parametrize("ranks", [1, *RANKS])

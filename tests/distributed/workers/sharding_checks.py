@@ -91,6 +91,7 @@ def run(config: MemoryConfig, batch: int, masked: bool, same: bool, where: Place
     by_columns = where.sharding == "columns"
     share = (column_share if by_columns else token_share)(TOKENS, config, where.tensor_rank, where.tensor_ranks)
     vectors = torch.arange(TOKENS) if by_columns else share.own
+    targets = torch.arange(TOKENS) if group is None else share.targets
     found: dict[str, Tensor] = {}
 
     def whole(part: Tensor, like: Tensor, columns: Any = slice(None), places: Tensor = vectors) -> Tensor:
@@ -106,7 +107,7 @@ def run(config: MemoryConfig, batch: int, masked: bool, same: bool, where: Place
         weights = torch.randn(target.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         parts = [
             query[own_batch][:, share.own],
-            target[own_batch][:, share.targets, state.columns],
+            target[own_batch][:, targets, state.columns],
             gate[own_batch][:, vectors],
         ]
         leaves = [part.clone().requires_grad_() for part in parts]
@@ -123,7 +124,7 @@ def run(config: MemoryConfig, batch: int, masked: bool, same: bool, where: Place
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         first = float(not by_columns or rank == 0)  # with columns the gates' are whole on every rank
         found[f"d query {call}"] = whole(gradients[0], query, places=share.own)
-        found[f"d target {call}"] = whole(gradients[1], target, state.columns, share.targets)
+        found[f"d target {call}"] = whole(gradients[1], target, state.columns, targets)
         found[f"d gate {call}"] = whole(gradients[2] * first, gate.unsqueeze(2)[..., 0], ..., vectors)
         assert trace.losses is not None and trace.memory_gradient is not None
         found[f"losses {call}"] = whole(trace.losses * first, gate, ..., share.targets - config.lookahead)
@@ -178,6 +179,43 @@ def check(name: str, masked: bool, layouts: dict[tuple[int, int], Layout]) -> di
     return errors
 
 
+def refusals(layouts: dict[tuple[int, int], Layout]) -> dict[str, str]:
+    """What all ranks say to bad input, alike; nobody waits for anybody."""
+    config = MemoryConfig(**SMALL)
+    four, two = layouts[1, 4].placement("dynamic"), layouts[2, 2]
+    one_bad = [t.clone() for t in inputs(config, BATCH, False, False)[0]]
+    if dist.get_rank() == 2:
+        one_bad[1][0, 5, 0] = float("nan")
+    careful = MemoryConfig(**SMALL, check_finite=True)
+
+    def call(config: MemoryConfig, where: Placement, apart: bool, tensors: list[Tensor], replicas: int) -> None:
+        state = FastState(config, dtype=torch.float64, rank=where.memory_rank, ranks=where.memory_ranks)
+        share = token_share(TOKENS, config, where.tensor_rank, where.tensor_ranks)
+        parts = tensors[0][:, share.own], tensors[1][:, share.targets], tensors[2][:, share.own]
+        view = state.view(BATCH, training=True, replicas=replicas)
+        fast_memory(*parts, None, view, config, group=make_memory_group(where, config, apart=apart), spans=share.spans)
+
+    each = MemoryConfig(**SMALL, reset="per_sequence")
+    attempts: dict[str, Any] = {
+        "columns of replicas": lambda: make_memory_group(two.placement("columns"), config),
+        "indivisible columns": lambda: make_memory_group(layouts[1, 4].placement("columns"), config),
+        "few sub-keys": lambda: make_memory_group(four, MemoryConfig(**{**SMALL, "n_subkeys": 3})),
+        "one for all, each its own": lambda: call(each, two.placement("dynamic"), False, one_bad, 1),
+        "apart, but one table": lambda: call(each, two.placement("static"), True, one_bad, 1),
+        "not finite": lambda: call(careful, four, False, one_bad, 1),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            said[name] = str(error)
+        everyone: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(everyone, said.get(name, "nothing"))
+        assert "nothing" not in everyone, (name, everyone)
+    return said
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     layouts = {layout: Layout.make(*layout) for layout in sorted({one for some in LAYOUTS.values() for one in some})}
@@ -185,8 +223,9 @@ def main() -> None:
     for name in CASES:
         for masked in (False, True):
             errors |= check(name, masked, layouts)
+    said = refusals(layouts)
     if dist.get_rank() == 0:
-        print(json.dumps(errors), flush=True)
+        print(json.dumps({"errors": errors, "said": said}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
