@@ -186,7 +186,11 @@ def _import_engine() -> tuple[Any, Any]:
         # a small machine, serves nothing.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        # Where Megatron gathers and scatters tokens it makes its buffers on this device, without asking further.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # Communication and computation then start in the order in which Megatron's layers issue them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import deepspeed
     from megatron.core import parallel_state
 
