@@ -49,6 +49,11 @@ class Topology:
     """How memories are spread over ranks."""
 
     @property
+    def leads_replica(self) -> bool:
+        """Whether this is the first rank of its replica, whose batches and losses count for all of them."""
+        return self.tensor_rank == 0 and self.stage == 0
+
+    @property
     def is_leader(self) -> bool:
         """Whether this is global rank 0, which writes logs and shows progress."""
         return self.rank == 0

@@ -83,7 +83,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
         job.loader,
         training=config.training,
         seed=config.seed,
-        world_size=job.topology.world_size,
+        topology=job.topology,
     )
     last_step = min(config.training.steps, config.training.stop_after_step or config.training.steps)
     flops_per_token = job.model.num_flops_per_token(config.data.sequence_length)

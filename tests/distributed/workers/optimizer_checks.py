@@ -116,8 +116,9 @@ def build(precision: str, probability: float = 0.0) -> tuple[SmallModel, EngineB
 def make_stepper(
     model: SmallModel, bundle: EngineBundle, training: TrainingConfig, batches: Iterator[TokenBatch]
 ) -> Stepper:
-    world_size = torch.distributed.get_world_size()
-    return Stepper(bundle, model, batches, training=training, seed=3, world_size=world_size)  # type: ignore[arg-type]
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ranks = topology.Topology(rank, size, local_rank=rank, local_world_size=size, replica=rank, replicas=size)
+    return Stepper(bundle, model, batches, training=training, seed=3, topology=ranks)  # type: ignore[arg-type]
 
 
 def run(stepper: Stepper, steps: range, stop: bool = False) -> list[StepResult]:
