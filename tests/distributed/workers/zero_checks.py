@@ -28,9 +28,10 @@ from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper
 
 SEQUENCES, LENGTH, ACCUMULATION = 4, 16, 2
-RATES = [2e-2, 3e-2, 1e-2]
+RATES = [4e-3, 6e-3, 2e-3]
 # A large epsilon: AdamW divides tiny gradients by their own size, and would show the last bits of sums as whole steps.
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, epsilon=1e-3, weight_decay=0.2, gradient_clipping=0.3, warmup_steps=0)
+KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
 MODEL = replace(CONFIG, window=4)
 
 
@@ -51,9 +52,9 @@ def own_share(ranks: topology.Topology) -> Iterator[TokenBatch]:
         yield TokenBatch(batch.tokens_BT[rows], batch.labels_BT[rows])
 
 
-def reference() -> dict[str, Any]:
+def reference(dtype: torch.dtype) -> dict[str, Any]:
     """Plain torch in one process with the whole batch."""
-    model = Decoder(MODEL, VOCABULARY, TorchBackend(0.2), seed=3)
+    model = Decoder(MODEL, VOCABULARY, TorchBackend(0.1), seed=3).to(dtype)
     optimizer = build_optimizer(model, 1.0, OPTIMIZER.betas, OPTIMIZER.epsilon, OPTIMIZER.weight_decay)
     found: dict[str, Any] = {"losses": [], "norms": []}
     source = batches()
@@ -62,7 +63,8 @@ def reference() -> dict[str, Any]:
         labels = sum(int((part.labels_BT != IGNORED_LABEL).sum()) for part in parts)
         losses = [model(part.tokens_BT, part.labels_BT).sum() / labels for part in parts]
         torch.stack(losses).sum().backward()
-        found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        if not found["losses"]:
+            found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found["losses"].append(sum(loss.item() for loss in losses))
         found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
         for group in optimizer.param_groups:
@@ -93,10 +95,12 @@ def train(ranks: topology.Topology, stage: int, precision: str, poison: bool = F
             "micro_batch_size": SEQUENCES // ranks.replicas,
             "gradient_accumulation": ACCUMULATION,
             "zero_stage": stage,
-            "precision": precision,
+            "precision": "bf16" if precision == "bf16" else "fp32",
         }
     )
-    model = Decoder(MODEL, VOCABULARY, megatron_backend(0.2, 1e-5, ranks.placement), seed=3)
+    model = Decoder(MODEL, VOCABULARY, megatron_backend(0.1, 1e-5, ranks.placement), seed=3)
+    if precision == "fp64":
+        model.double()
     bundle = build_training(model, OPTIMIZER, training)
     engine = bundle.engine
     stepper = Stepper(bundle, model, own_share(ranks), training=training, seed=3, topology=ranks)
@@ -104,11 +108,11 @@ def train(ranks: topology.Topology, stage: int, precision: str, poison: bool = F
     update = engine.step
 
     def step() -> None:
-        if engine.is_gradient_accumulation_boundary() and len(found["losses"]) == len(RATES) - 1:
+        if engine.is_gradient_accumulation_boundary() and not found["losses"]:
             found["gradients"] = whole_gradients(engine, model)
         update()
 
-    if precision == "fp32":
+    if precision != "bf16":
         engine.step = step
     for number, rate in enumerate(RATES, start=1):
         result = stepper.run(number, rate, lambda: False)
@@ -149,7 +153,7 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
         if key in found:
             assert set(found[key]) == set(wanted[key])
             errors[key] = max(
-                float((part.float() - share(wanted[key][name], part)).norm() / wanted[key][name].norm())
+                float((part.to(wanted[key][name].dtype) - share(wanted[key][name], part)).norm() / wanted[key][name].norm())
                 for name, part in found[key].items()
             )
     errors["applied"] = 0.0 if all(found["applied"]) else 1.0
@@ -159,21 +163,16 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     topology.initialize(ParallelConfig(timeout_seconds=60))
-    wanted = reference()
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, wanted = get_accelerator(), {"fp32": reference(torch.float32), "fp64": reference(torch.float64)}
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
     found: dict[str, dict[str, float]] = {}
     for layout in sys.argv[2:]:
         settings = {"tensor": int(layout.rstrip("s")), "sequence_parallel": layout.endswith("s")}
         ranks = topology.build_groups(ParallelConfig.model_validate({**settings, "timeout_seconds": 60}))
-        for stage, precision in (
-            (0, "fp32"),
-            (1, "fp32"),
-            (2, "fp32"),
-            (3, "fp32"),
-            (1, "bf16"),
-            (2, "bf16"),
-            (3, "bf16"),
-        ):
-            errors = compare(wanted, train(ranks, stage, precision, poison=True))
+        for stage, precision in KINDS:
+            errors = compare(wanted["fp64" if precision == "fp64" else "fp32"], train(ranks, stage, precision, poison=True))
             every: list[dict[str, float]] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, errors)
             found[f"{layout} ZeRO-{stage} {precision}"] = {key: max(one[key] for one in every) for key in errors}
