@@ -143,6 +143,10 @@ class Decoder(nn.Module):
                 return self.head(self.norm(h_BTE), self.embedding.weight)
             return self.head(self.norm(h_BTE))
 
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V] of logits, of which each tensor-parallel rank has its share; they call it together."""
+        return self._backend.whole_vocabulary(logits)
+
     def _run_blocks(self, h_BTE: torch.Tensor, context: TokenContext, cache: DecoderCache | None) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
             h_BTE = block(h_BTE, context, None if cache is None else cache.layers[index])
@@ -174,6 +178,11 @@ class Decoder(nn.Module):
     @rope_scaling.setter
     def rope_scaling(self, scaling: YarnConfig | None) -> None:
         self.config = dataclasses.replace(self.config, rope_scaling=scaling)
+
+    def recompute_sublayers(self, recompute: bool) -> None:
+        """Whether the blocks' mixers and MLPs compute again in the backward pass instead of keeping what they need."""
+        for block in self.blocks:
+            cast(Block, block).recompute = recompute
 
     @property
     def sequence_parallel(self) -> bool:

@@ -69,6 +69,9 @@ class Backend(Protocol):
     def delta_rule(self) -> DeltaRule:
         """The gated delta rule for whole sequences."""
 
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V] of all ranks' shares [..., V / ranks] of the vocabulary, on every rank."""
+
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """Cross entropy per token in nats, float32 [B, T], of logits split over the vocabulary.
 
@@ -133,6 +136,10 @@ class TorchBackend:
     def delta_rule(self) -> DeltaRule:
         """The rule that fits this machine."""
         return choose_delta_rule()
+
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return logits
 
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """torch's cross entropy in float32 or wider."""

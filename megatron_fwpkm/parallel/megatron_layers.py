@@ -216,13 +216,17 @@ class MegatronBackend:
         """The rule that fits this machine, on this rank's heads."""
         return choose_delta_rule()
 
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gathered over the ranks."""
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """Vocabulary-parallel cross entropy in float32; float32 logits are overwritten.
 
         Megatron's function rounds float64 to float32: such logits, of comparisons, are gathered instead.
         """
         if logits_BTV.dtype == torch.float64:
-            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits_BTV)
+            whole = self.whole_vocabulary(logits_BTV)
             loss = nn.functional.cross_entropy(whole.flatten(0, 1), labels_BT.flatten(), reduction="none")
             return loss.view_as(labels_BT)
         # In the order in which the logits lie in memory: with sequence parallelism the head made them sequence first.

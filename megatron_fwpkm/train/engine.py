@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,10 @@ from torch import Tensor, nn
 
 from megatron_fwpkm.memory import FwPKMLayer, PKMLayer
 from megatron_fwpkm.parallel.groups import ParallelGroups
-from megatron_fwpkm.train.optimizer import WholeAdamW, build_optimizer, is_decayed
+from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
-
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -69,13 +70,16 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
     # Without ZeRO, DeepSpeed would sum dense gradients of the tables, and with stage 3 gather them whole for a use.
     if training.zero_stage in (0, 3):
         set_tables_apart(model, _DTYPES[training.precision])
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=basic,
-        config=engine_settings(training, optimizer.gradient_clipping),
-        dist_init_required=False,
-        mpu=groups,
-    )
+    with redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=basic,
+            config=engine_settings(training, optimizer.gradient_clipping),
+            dist_init_required=False,
+            mpu=groups,
+        )
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        engine.communication_data_type = torch.float64  # comparisons; the configuration knows no such type
     check_fast_state(model)
     # After the engine has cast the parameters and made them equal on all replicas: the tables keep copies.
     own_rate = optimizer.pkm_values_learning_rate

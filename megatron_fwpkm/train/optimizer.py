@@ -63,7 +63,9 @@ class WholeAdamW(torch.optim.AdamW):
         counted = [
             parameter.grad
             for parameter in self._all()
-            if (leads or is_model_parallel_parameter(parameter)) and not getattr(parameter, "ds_pipe_replicated", False)
+            if parameter.grad is not None
+            and (leads or is_model_parallel_parameter(parameter))
+            and not getattr(parameter, "ds_pipe_replicated", False)
         ]
         like = next(self._all())
         squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), dtype=like.dtype)

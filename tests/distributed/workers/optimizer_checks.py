@@ -164,7 +164,7 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
         "labels": [result.labels for result in results],
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "master_dtypes": sorted({str(state["master_ND"].dtype) for state in bundle.tables.state_dict().values()}),
-        "in_partitions": sum(group.numel() for group in engine.optimizer.bit16_groups_flat),
+        "in_partitions": in_partitions(engine.optimizer),
         "others": sum(p.numel() for n, p in model.named_parameters() if n not in table_parameters(model)),
         "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in table_parameters(model)),
     }
@@ -174,6 +174,12 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
         found["norm_error"] = largest_error(found["norms"], norms)
         found["weight_error"] = max(float((tensors[name] - value).abs().max()) for name, value in weights.items())
     return found
+
+
+def in_partitions(optimizer: Any) -> int:
+    """Weights that DeepSpeed's optimizer divides, padding included; its two kinds name them differently."""
+    flat = optimizer.bit16_groups_flat if hasattr(optimizer, "bit16_groups_flat") else optimizer.bf16_groups_flat
+    return sum(group.numel() for group in flat)
 
 
 def largest_error(found: list[float], expected: list[float]) -> float:

@@ -1,6 +1,7 @@
 """Training under ZeRO stages and tensor parallelism against one process in plain torch; prints relative errors.
 
-Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism.
+Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism,
+"r" for computing sublayers again in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensor_parallel_checks import CONFIG, VOCABULARY, error, share
 from torch import Tensor, nn
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
@@ -26,6 +26,7 @@ from megatron_fwpkm.train.engine import build_training
 from megatron_fwpkm.train.optimizer import build_optimizer
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper
+from tests.distributed.workers.tensor_parallel_checks import CONFIG, VOCABULARY, share
 
 SEQUENCES, LENGTH, ACCUMULATION = 4, 16, 2
 RATES = [4e-3, 6e-3, 2e-3]
@@ -87,7 +88,7 @@ def whole_gradients(engine: Any, model: Decoder) -> dict[str, Tensor]:
     return {name: gradient(parameter) for name, parameter in model.named_parameters()}
 
 
-def train(ranks: topology.Topology, stage: int, precision: str, poison: bool = False) -> dict[str, Any]:
+def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool) -> dict[str, Any]:
     import deepspeed
 
     training = TrainingConfig.model_validate(
@@ -99,6 +100,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, poison: bool = F
         }
     )
     model = Decoder(MODEL, VOCABULARY, megatron_backend(0.1, 1e-5, ranks.placement), seed=3)
+    model.recompute_sublayers(recompute)
     if precision == "fp64":
         model.double()
     bundle = build_training(model, OPTIMIZER, training)
@@ -121,8 +123,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, poison: bool = F
         found["applied"].append(result.applied)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         found["weights"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    if poison:
-        found["skipped"] = check_skip(ranks, stepper, model, stage, found["weights"])
+    found["skipped"] = check_skip(ranks, stepper, model, stage, found["weights"])
     return found
 
 
@@ -153,7 +154,10 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
         if key in found:
             assert set(found[key]) == set(wanted[key])
             errors[key] = max(
-                float((part.to(wanted[key][name].dtype) - share(wanted[key][name], part)).norm() / wanted[key][name].norm())
+                float(
+                    (part.to(wanted[key][name].dtype) - share(wanted[key][name], part)).norm()
+                    / wanted[key][name].norm()
+                )
                 for name, part in found[key].items()
             )
     errors["applied"] = 0.0 if all(found["applied"]) else 1.0
@@ -169,10 +173,13 @@ def main() -> None:
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
     found: dict[str, dict[str, float]] = {}
     for layout in sys.argv[2:]:
-        settings = {"tensor": int(layout.rstrip("s")), "sequence_parallel": layout.endswith("s")}
+        settings = {"tensor": int(layout.rstrip("sr")), "sequence_parallel": "s" in layout}
         ranks = topology.build_groups(ParallelConfig.model_validate({**settings, "timeout_seconds": 60}))
         for stage, precision in KINDS:
-            errors = compare(wanted["fp64" if precision == "fp64" else "fp32"], train(ranks, stage, precision, poison=True))
+            errors = compare(
+                wanted["fp64" if precision == "fp64" else "fp32"],
+                train(ranks, stage, precision, recompute="r" in layout),
+            )
             every: list[dict[str, float]] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, errors)
             found[f"{layout} ZeRO-{stage} {precision}"] = {key: max(one[key] for one in every) for key in errors}
