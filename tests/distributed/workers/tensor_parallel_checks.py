@@ -6,6 +6,7 @@ Prints the largest relative errors per layout, the worst parameters by name, on 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,11 +14,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_fwpkm.errors import RankFailedError
+from megatron_fwpkm.memory import FastState, MemoryConfig
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import MIXERS, DecoderConfig, DeltaNetConfig
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.backend import Backend, TorchBackend, megatron_backend
 from megatron_fwpkm.parallel.settings import ParallelConfig
+from megatron_fwpkm.train.key_check import check_keys
 
 CONFIG = DecoderConfig(
     hidden_size=32,
@@ -89,6 +93,33 @@ def check_whole_sequences(split: Decoder, whole: Decoder) -> float:
     return error(torch.cat(parts, -1), wanted)
 
 
+class Memories:
+    """What check_keys needs of a decoder: one memory, spread over this rank's memory group."""
+
+    def __init__(self, ranks: topology.Topology) -> None:
+        place = ranks.placement
+        config = MemoryConfig(n_subkeys=8, k_dim=16, v_dim=8, topk=2)
+        self.state = FastState(config, seed=1, rank=place.memory_rank, ranks=place.memory_ranks)
+
+    def fast_states(self) -> Iterator[tuple[int, FastState]]:
+        yield 5, self.state
+
+
+def check_digests(layout: ParallelConfig) -> list[str]:
+    """What check_keys says of equal sub-keys, and of some whose last bit differs on the last rank."""
+    ranks = topology.build_groups(layout)
+    model, said = Memories(ranks), []
+    for changed in (False, True):
+        if changed and ranks.rank == ranks.world_size - 1:
+            model.state.keys_H2nd.view(torch.int32).flatten()[-3] ^= 1
+        try:
+            check_keys(model, ranks)  # type: ignore[arg-type]
+            said.append("equal")
+        except RankFailedError as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     first = ParallelConfig(timeout_seconds=60)
     topology.initialize(first)
@@ -108,10 +139,12 @@ def main() -> None:
                     dist.all_gather_object(every, errors)
                     name = f"{dtype}, {'tied' if tied else 'untied'}, {tensor} ranks{', SP' if divided else ''}"
                     found[name] = {key: max(one[key] for one in every) for key in errors}
+    said: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(said, check_digests(first.model_copy(update={"tensor": 2})))
     rank = dist.get_rank()
     topology.shut_down()
     if rank == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps({"errors": found, "keys": said}), flush=True)
 
 
 if __name__ == "__main__":
