@@ -81,9 +81,55 @@ class TrainConfig(Section):
             raise ValueError(
                 f"{error}; lower optimizer.warmup_steps or optimizer.wsd_decay_fraction, or raise training.steps"
             ) from error
-        if self.evaluation.sequences < self.parallel.processes * self.training.micro_batch_size:
+        replicas = max(1, self.parallel.processes // (self.parallel.tensor * self.parallel.pipeline))
+        if self.evaluation.sequences < replicas * self.training.micro_batch_size:
             raise ValueError(
-                f"evaluation.sequences ({self.evaluation.sequences}) must be at least parallel.processes x "
-                f"training.micro_batch_size ({self.parallel.processes * self.training.micro_batch_size})"
+                f"evaluation.sequences ({self.evaluation.sequences}) must be at least the number of replicas x "
+                f"training.micro_batch_size ({replicas} x {self.training.micro_batch_size})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_split(self) -> TrainConfig:
+        parallel, ranks = self.parallel, self.parallel.tensor
+        for name, size in _split_sizes(self).items():
+            if size % ranks:
+                raise ValueError(
+                    f"{name} ({size}) can't be divided over parallel.tensor ({ranks}) ranks; make it a multiple of "
+                    f"{ranks}, or lower parallel.tensor"
+                )
+        memory_ranks = ranks * parallel.memory.group_replicas
+        if (
+            self.model.memory_layers
+            and parallel.memory.sharding == "slots"
+            and self.model.memory.n_subkeys < memory_ranks
+        ):
+            raise ValueError(
+                f"model.memory.n_subkeys ({self.model.memory.n_subkeys}) must be at least the number of ranks that a "
+                f"memory is spread over ({memory_ranks}); raise it, or spread memories over fewer"
+            )
+        if parallel.pipeline > 1 and self.training.zero_stage > 1:
+            raise ValueError(
+                f"training.zero_stage {self.training.zero_stage} divides gradients, which pipeline stages add up over "
+                f"microbatches; with parallel.pipeline ({parallel.pipeline}) above 1 set training.zero_stage to 0 or 1"
+            )
+        return self
+
+
+def _split_sizes(config: TrainConfig) -> dict[str, int]:
+    """What tensor-parallel ranks divide among them, by the name of its setting."""
+    model, parallel = config.model, config.parallel
+    mixers = {model.mixer(index) for index in range(model.layers)}
+    sizes: dict[str, int] = {}
+    if mixers - {"gated_delta_net"}:
+        sizes |= {"model.attention_heads": model.attention_heads, "model.key_value_heads": model.key_value_heads}
+    if "gated_delta_net" in mixers:
+        sizes["model.delta_net.key_heads"] = model.delta_net.key_heads
+    if len(set(model.pkm_layers)) < model.layers:
+        sizes["model.mlp_size"] = model.mlp_size
+    if parallel.memory.sharding == "columns":
+        sizes |= {"model.memory.v_dim": model.memory.v_dim} if model.memory_layers else {}
+        sizes |= {"model.pkm.v_dim": model.pkm.v_dim} if model.pkm_layers else {}
+    if parallel.sequence_parallel:
+        sizes["data.sequence_length"] = config.data.sequence_length
+    return sizes

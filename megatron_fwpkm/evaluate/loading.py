@@ -67,6 +67,13 @@ def open_run(directory: Path, config: TrainConfig, checkpoint: str | None) -> Tr
     source = _find_checkpoint(directory / "checkpoints", checkpoint)
     _verify(source)
     state = json.loads((source / "job.json").read_text())
+    ranks = {key: count for key, count in state.get("layout", {}).items() if isinstance(count, int) and count > 1}
+    if ranks or config.training.zero_stage == 3:
+        spread = ", ".join(f"{key}={count}" for key, count in ranks.items()) or "training.zero_stage=3"
+        raise UserError(
+            f"{source} is spread over several ranks ({spread}), which can't be read into one process yet; give a run "
+            "that was trained with parallel.tensor=1, parallel.pipeline=1 and a training.zero_stage below 3"
+        )
     identity = hashlib.sha256((source / MANIFEST_FILE).read_bytes()).hexdigest()
     return TrainedRun(directory, config, source, state["step"], state["tokens"], state["corpus"], identity)
 

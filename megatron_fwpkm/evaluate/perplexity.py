@@ -38,25 +38,27 @@ class BucketLosses:
     counts: list[list[int]]
 
 
-def held_out_loss(model: Decoder, batches: Sequence[TokenBatch]) -> HeldOutLoss:
+def held_out_loss(model: Decoder, batches: Sequence[TokenBatch], counted: bool = True) -> HeldOutLoss:
     """Measure this rank's batches twice, with memory reads on and off; all ranks call this together.
+
+    Of the ranks of one replica, which read the same batches together, one is `counted`.
 
     The memory is written while it reads, batch after batch, as in training, and both measurements start from the
     same fast state, which is as before afterwards.
     """
-    with_reads, tokens = _mean_loss(model, batches, "memory")
-    without_reads, _ = _mean_loss(model, batches, "reads_off")
+    with_reads, tokens = _mean_loss(model, batches, "memory", counted)
+    without_reads, _ = _mean_loss(model, batches, "reads_off", counted)
     return HeldOutLoss(with_reads, without_reads, tokens)
 
 
-def _mean_loss(model: Decoder, batches: Sequence[TokenBatch], condition: Condition) -> tuple[float, int]:
+def _mean_loss(model: Decoder, batches: Sequence[TokenBatch], condition: Condition, counted: bool) -> tuple[float, int]:
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with measuring(model, condition):
         for batch in (batch.to(device) for batch in batches):
             total[0] += batch_loss(model, batch).double().sum()
             total[1] += (batch.labels_BT != IGNORED_LABEL).sum()
-    loss_sum, tokens = sum_over_ranks(total).tolist()
+    loss_sum, tokens = sum_over_ranks(total * counted).tolist()
     return loss_sum / tokens, int(tokens)
 
 

@@ -135,8 +135,8 @@ class GatedAttention(nn.Module):
         self.key = backend.column_linear(hidden, config.key_value_heads * width)
         self.value = backend.column_linear(hidden, config.key_value_heads * width)
         self.output = backend.row_linear(config.attention_heads * width, hidden)
-        self.query_norm = backend.head_norm(width)
-        self.key_norm = backend.head_norm(width)
+        self.query_norm = backend.share_norm(width)
+        self.key_norm = backend.share_norm(width)
 
     @property
     def window(self) -> int | None:
@@ -148,7 +148,10 @@ class GatedAttention(nn.Module):
         return AttentionCache(self._config.window - 1 if self.sliding else None)
 
     def forward(self, x_BTE: Tensor, context: TokenContext, cache: AttentionCache | None = None) -> Tensor:
-        """Map normed hidden states [B, T, E] to what attention adds to the residual stream."""
+        """Map normed hidden states [B, T, E] to what attention adds to the residual stream.
+
+        With sequence parallelism both are this rank's tokens; the projections bring all tokens together.
+        """
         width = self._config.head_dim
         q_BTHD, gate_BTHD = self.query_gate(x_BTE).unflatten(-1, (-1, 2 * width)).chunk(2, dim=-1)
         q_BTHD = context.rotary.rotate(self.query_norm(q_BTHD))

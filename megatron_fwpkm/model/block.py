@@ -5,10 +5,12 @@ Shape legend: B batch, T sequence, E hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_fwpkm.accounting import ParameterCount, dense, total
 from megatron_fwpkm.memory import FwPKMLayer, PKMLayer
@@ -34,6 +36,9 @@ class Block(nn.Module):
         self.mixer = _mixer(config, index, backend)
         self.mlp_norm = backend.norm(config.hidden_size)
         self.mlp = _mlp(config, index, backend)
+        self.recompute = False
+        """Whether mixer and MLP, with their norms, keep their input alone and compute again in the backward pass. The
+        memory never does: it writes as it reads."""
 
     def forward(self, h_BTE: torch.Tensor, context: TokenContext, cache: LayerCache | None = None) -> torch.Tensor:
         """Residual stream in, residual stream out. With a cache the tokens continue its streams."""
@@ -43,8 +48,16 @@ class Block(nn.Module):
             )
         # A block's cache was made by its own mixer, which checks nothing about it.
         mixer_cache: Any = None if cache is None else cache.mixer
-        h_BTE = h_BTE + self.mixer(self.mixer_norm(h_BTE), context, mixer_cache)
-        return h_BTE + self.mlp(self.mlp_norm(h_BTE))
+        h_BTE = h_BTE + self._sublayer(lambda h: self.mixer(self.mixer_norm(h), context, mixer_cache), h_BTE)
+        if isinstance(self.mlp, PKMLayer):
+            return h_BTE + self.mlp(self.mlp_norm(h_BTE))
+        return h_BTE + self._sublayer(lambda h: self.mlp(self.mlp_norm(h)), h_BTE)
+
+    def _sublayer(self, run: Callable[[torch.Tensor], torch.Tensor], h_BTE: torch.Tensor) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return run(h_BTE)
+        # Nothing in a sublayer is random.
+        return cast(torch.Tensor, checkpoint(run, h_BTE, use_reentrant=False, preserve_rng_state=False))
 
     def num_parameters(self) -> ParameterCount:
         """Weights of this rank."""

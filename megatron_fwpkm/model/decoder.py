@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from megatron_fwpkm.accounting import ParameterCount, dense, total
 from megatron_fwpkm.data.batch import IGNORED_LABEL
 from megatron_fwpkm.memory import FastState, FwPKMLayer
+from megatron_fwpkm.memory.placement import ALONE
 from megatron_fwpkm.model.attention import GatedAttention
 from megatron_fwpkm.model.block import Block
 from megatron_fwpkm.model.cache import DecoderCache
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self._backend = backend
-        self._limit_full_attention = False
+        self._limit_full_attention = self._whole_sequences = False
         with _seeded(seed, 0):
             self.embedding = backend.embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList()
@@ -60,15 +61,17 @@ class Decoder(nn.Module):
                 self.head = backend.column_linear(config.hidden_size, vocab_size)
 
     def _build_block(self, index: int, seed: int, fast_dtype: torch.dtype) -> Block:
-        config, memory = self.config, None
+        config, memory, placement = self.config, None, self._backend.placement
         if index in config.memory_layers:
+            spread: dict[str, Any] = {} if placement == ALONE else {"placement": placement}
             memory = FwPKMLayer(
                 config.hidden_size,
                 config.memory,
                 seed=layer_seed(seed, 1 + index, "fast state"),
-                linear=self._backend.linear,
-                norm=self._backend.norm,
+                linear=self._backend.share_linear,
+                norm=self._backend.share_norm,
                 dtype=fast_dtype,
+                **spread,
             )
         return Block(config, index, self._backend, memory)
 
@@ -107,7 +110,15 @@ class Decoder(nn.Module):
         `documents_BT` numbers the documents of each sequence: mixers start anew at each of them, memories by their
         reset policy. `positions_BT` are RoPE's. `mask_BT` is true for real tokens, false for padding. With a
         cache the tokens continue its streams, without gradients. Raises ValueError for what does not fit together.
+        With sequence parallelism T is a multiple of the tensor-parallel ranks and there is no cache: see
+        `whole_sequences`.
         """
+        if self.sequence_parallel and (cache is not None or tokens_BT.shape[1] % self._backend.tensor_parallel_size):
+            raise ValueError(
+                f"with sequence parallelism {self._backend.tensor_parallel_size} ranks divide every sequence: this "
+                f"call has {tokens_BT.shape[1]} tokens and {'a' if cache is not None else 'no'} cache; call within "
+                "whole_sequences()"
+            )
         dtype = cast(torch.Tensor, self.embedding.weight).dtype
         past_B = None
         if cache is not None:
@@ -131,6 +142,10 @@ class Decoder(nn.Module):
             if self.config.tied_embeddings:
                 return self.head(self.norm(h_BTE), self.embedding.weight)
             return self.head(self.norm(h_BTE))
+
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V] of logits, of which each tensor-parallel rank has its share; they call it together."""
+        return self._backend.whole_vocabulary(logits)
 
     def _run_blocks(self, h_BTE: torch.Tensor, context: TokenContext, cache: DecoderCache | None) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
@@ -163,6 +178,35 @@ class Decoder(nn.Module):
     @rope_scaling.setter
     def rope_scaling(self, scaling: YarnConfig | None) -> None:
         self.config = dataclasses.replace(self.config, rope_scaling=scaling)
+
+    def recompute_sublayers(self, recompute: bool) -> None:
+        """Whether the blocks' mixers and MLPs compute again in the backward pass instead of keeping what they need."""
+        for block in self.blocks:
+            cast(Block, block).recompute = recompute
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether tensor-parallel ranks divide the tokens between the split layers among them."""
+        return self._backend.placement.sequence_parallel and not self._whole_sequences
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Within the context every tensor-parallel rank has all tokens, as caches and lengths of any kind need it.
+
+        Without gradients: layers choose how to make them whole when they are built.
+        """
+        divided = [module for module in self.modules() if getattr(module, "sequence_parallel", None) is True]
+        layers: list[Any] = [module for module in divided if module is not self]
+        was_whole, self._whole_sequences = self._whole_sequences, True
+        try:
+            for layer in layers:
+                layer.sequence_parallel = False
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in layers:
+                layer.sequence_parallel = True
+            self._whole_sequences = was_whole
 
     @property
     def limit_full_attention(self) -> bool:

@@ -65,7 +65,7 @@ class GatedDeltaNet(nn.Module):
         )
         self.dt_bias = backend.split_parameter((sizes.value_heads,), nn.init.ones_)
         self.A_log = backend.split_parameter((sizes.value_heads,), _log_uniform)
-        self.output_norm = backend.head_norm(sizes.value_head_dim, zero_centred=False)
+        self.output_norm = backend.share_norm(sizes.value_head_dim, zero_centred=False)
         self.output = backend.row_linear(sizes.value_heads * sizes.value_head_dim, config.hidden_size)
         self._rule = backend.delta_rule()
 
@@ -74,16 +74,20 @@ class GatedDeltaNet(nn.Module):
         return DeltaNetCache()
 
     def forward(self, x_BTE: Tensor, context: TokenContext, cache: DeltaNetCache | None = None) -> Tensor:
-        """Map normed hidden states [B, T, E] to what the delta net adds to the residual stream."""
+        """Map normed hidden states [B, T, E] to what the delta net adds to the residual stream.
+
+        With sequence parallelism both are this rank's tokens; the projections bring all tokens together.
+        """
+        qkvz_BTG, ba_BTG = self.in_qkvz(x_BTE), self.in_ba(x_BTE)
         if context.mask_BT is not None and (cache is not None or x_BTE.shape[0] > 1):
-            x_BTE = x_BTE * context.mask_BT.unsqueeze(-1)
+            qkvz_BTG, ba_BTG = (x * context.mask_BT.unsqueeze(-1) for x in (qkvz_BTG, ba_BTG))
         sizes = self._config.delta_net
         widths = (2 * sizes.key_head_dim + self._value_width, self._value_width)
-        mixed_BTGJ, z_BTGV = self.in_qkvz(x_BTE).unflatten(-1, (-1, sum(widths))).split(widths, -1)
+        mixed_BTGJ, z_BTGV = qkvz_BTG.unflatten(-1, (-1, sum(widths))).split(widths, -1)
         mixed_BTGJ = silu(self._convolve(mixed_BTGJ.flatten(2), context, cache)).view(mixed_BTGJ.shape)
-        inputs = self._rule_inputs(mixed_BTGJ, self.in_ba(x_BTE))
+        inputs = self._rule_inputs(mixed_BTGJ, ba_BTG)
         # The libraries compute in float32: a float64 model is for comparisons and can wait.
-        exact = x_BTE.dtype == torch.float64 or x_BTE.shape[1] == 1
+        exact = x_BTE.dtype == torch.float64 or ba_BTG.shape[1] == 1
         starts_BT = None if context.documents_BT is None else document_starts(context.documents_BT)
         output_BTHV, state = (recurrent_delta_rule if exact else self._rule)(
             inputs, cache.state if cache is not None else None, starts_BT

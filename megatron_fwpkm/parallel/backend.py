@@ -1,7 +1,9 @@
 """The one place that chooses which library's layers the model is built of.
 
 Model code asks a Backend for layers and never names a library. Shapes: activations are [batch, sequence, features];
-on a tensor-parallel rank the features between a column- and a row-parallel layer are that rank's share.
+on a tensor-parallel rank the features between a column- and a row-parallel layer are that rank's share. With sequence
+parallelism the tokens outside such pairs are divided too: each rank has its contiguous share of every sequence, which
+embedding and row-parallel layers return, and which column-parallel layers and the head take and make whole.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron_fwpkm.memory.norms import RMSNorm
+from megatron_fwpkm.memory.placement import ALONE, Placement
 
 if TYPE_CHECKING:
     from megatron_fwpkm.model.delta_rule import DeltaRule
@@ -29,14 +32,27 @@ class Backend(Protocol):
     def tensor_parallel_size(self) -> int:
         """Ranks over which the parallel layers are split."""
 
+    @property
+    def placement(self) -> Placement:
+        """Where tokens and memories are: what a memory layer is told of the layout."""
+
     def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """Linear layer whose output features are split over the tensor-parallel ranks."""
+        """Linear layer whose output features are split over the tensor-parallel ranks; its output has all tokens."""
 
     def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """Linear layer whose input features are split; its output is whole on every rank."""
+        """Linear layer whose input features are split; its output has all features, of the residual stream's tokens."""
 
-    def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
-        """Linear layer with whole input and whole output on every rank."""
+    def share_linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+        """Linear layer of whole features for tokens that are divided over the tensor-parallel ranks.
+
+        Its weights are the same on every rank; so are their gradients, the sums over all ranks' tokens.
+        """
+
+    def share_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
+        """RMS norm of whole features for tokens, or heads, that are divided over the tensor-parallel ranks.
+
+        Its weight is the same on every rank; so is its gradient, the sum over all ranks.
+        """
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """Token embedding; its `weight` is [vocab_size / ranks, hidden_size]."""
@@ -45,16 +61,16 @@ class Backend(Protocol):
         """Output layer without a weight of its own: called with (hidden, weight), returns this rank's logits."""
 
     def norm(self, size: int) -> nn.Module:
-        """RMS norm with a zero-centred weight, of features that are whole on every rank."""
-
-    def head_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
-        """RMS norm over the width of heads that are split over the ranks; its weight is the same on every rank."""
+        """RMS norm with a zero-centred weight, of the residual stream."""
 
     def split_parameter(self, shape: tuple[int, ...], initialize: Initialize) -> nn.Parameter:
         """This rank's share, along the first dimension, of a parameter of the given whole shape."""
 
     def delta_rule(self) -> DeltaRule:
         """The gated delta rule for whole sequences."""
+
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., V] of all ranks' shares [..., V / ranks] of the vocabulary, on every rank."""
 
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """Cross entropy per token in nats, float32 [B, T], of logits split over the vocabulary.
@@ -75,7 +91,12 @@ class TorchBackend:
         """Always 1."""
         return 1
 
-    def linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+    @property
+    def placement(self) -> Placement:
+        """Everything on this rank."""
+        return ALONE
+
+    def share_linear(self, in_features: int, out_features: int, bias: bool = True) -> nn.Module:
         """torch.nn.Linear with normal weights and zero bias."""
         return plain_linear(in_features, out_features, bias, self._initialize)
 
@@ -83,12 +104,12 @@ class TorchBackend:
         return nn.init.normal_(weight, std=self._initial_std)
 
     def column_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """As linear()."""
-        return self.linear(in_features, out_features, bias)
+        """As share_linear()."""
+        return self.share_linear(in_features, out_features, bias)
 
     def row_linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        """As linear()."""
-        return self.linear(in_features, out_features, bias)
+        """As share_linear()."""
+        return self.share_linear(in_features, out_features, bias)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """torch.nn.Embedding with normal weights."""
@@ -104,8 +125,8 @@ class TorchBackend:
         """Zero-centred RMSNorm."""
         return RMSNorm(size, self._norm_epsilon)
 
-    def head_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
-        """As norm()."""
+    def share_norm(self, size: int, zero_centred: bool = True) -> nn.Module:
+        """As norm(), or with a weight that starts at 1."""
         return RMSNorm(size, self._norm_epsilon, zero_centred=zero_centred)
 
     def split_parameter(self, shape: tuple[int, ...], initialize: Initialize) -> nn.Parameter:
@@ -115,6 +136,10 @@ class TorchBackend:
     def delta_rule(self) -> DeltaRule:
         """The rule that fits this machine."""
         return choose_delta_rule()
+
+    def whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return logits
 
     def cross_entropy(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """torch's cross entropy in float32 or wider."""
@@ -127,10 +152,12 @@ class _TiedHead(nn.Module):
         return nn.functional.linear(hidden_BTD, weight_VD)
 
 
-def plain_linear(in_features: int, out_features: int, bias: bool, initialize: Initialize) -> nn.Linear:
-    """torch.nn.Linear with drawn weights and zero bias, on the default device."""
+def plain_linear(
+    in_features: int, out_features: int, bias: bool, initialize: Initialize, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
+    """torch.nn.Linear, or a kind of it, with drawn weights and zero bias, on the default device."""
     # Without torch's own initial values: they would advance the random generator.
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
+    layer = nn.utils.skip_init(kind, in_features, out_features, bias=bias, device=torch.get_default_device())
     initialize(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -154,15 +181,17 @@ def choose_delta_rule() -> DeltaRule:
     return fla_delta_rule if torch.cuda.is_available() and installed("fla") else chunked_delta_rule
 
 
-def megatron_backend(initial_std: float, norm_epsilon: float) -> Backend:
+def megatron_backend(initial_std: float, norm_epsilon: float, placement: Placement = ALONE) -> Backend:
     """Megatron-Core's parallel layers on the current tensor-parallel group; needs topology.initialize() before.
+
+    `placement` is the topology's. Raises ValueError if it is of another number of tensor-parallel ranks.
 
     Where there is a GPU and Transformer Engine is installed, its linear layers and norms take the place of Megatron's.
     """
     if torch.cuda.is_available() and installed("transformer_engine"):
         from megatron_fwpkm.parallel.transformer_engine_layers import TransformerEngineBackend
 
-        return TransformerEngineBackend(initial_std, norm_epsilon)
+        return TransformerEngineBackend(initial_std, norm_epsilon, placement)
     from megatron_fwpkm.parallel.megatron_layers import MegatronBackend
 
-    return MegatronBackend(initial_std, norm_epsilon)
+    return MegatronBackend(initial_std, norm_epsilon, placement)

@@ -51,5 +51,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks divide the tokens between the split layers among them, too."""
     memory: MemoryLayoutConfig = MemoryLayoutConfig()
+    check_keys_every: int = Field(default=100, ge=0)
+    """Steps between comparisons of the sub-keys, which all ranks of a memory have alike; 0 means never."""
     timeout_seconds: int = Field(default=300, ge=10, le=30 * 24 * 3600)
     """Longest wait for another process before the job fails."""

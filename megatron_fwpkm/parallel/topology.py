@@ -49,6 +49,11 @@ class Topology:
     """How memories are spread over ranks."""
 
     @property
+    def leads_replica(self) -> bool:
+        """Whether this is the first rank of its replica, whose batches and losses count for all of them."""
+        return self.tensor_rank == 0 and self.stage == 0
+
+    @property
     def is_leader(self) -> bool:
         """Whether this is global rank 0, which writes logs and shows progress."""
         return self.rank == 0
@@ -186,7 +191,11 @@ def _import_engine() -> tuple[Any, Any]:
         # a small machine, serves nothing.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        # Where Megatron gathers and scatters tokens it makes its buffers on this device, without asking further.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # Communication and computation then start in the order in which Megatron's layers issue them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import deepspeed
     from megatron.core import parallel_state
 

@@ -5,59 +5,50 @@ For GPUs: importing this module without Transformer Engine raises ImportError.
 
 from __future__ import annotations
 
-import torch
 from megatron.core.extensions import transformer_engine as wrappers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_fwpkm.parallel.megatron_layers import MegatronBackend
+from megatron_fwpkm.memory.placement import ALONE, Placement
+from megatron_fwpkm.parallel.megatron_layers import BatchFirst, MegatronBackend
 
 if not wrappers.HAVE_TE:
     raise ImportError("Transformer Engine is not installed; install the gpu extra or use MegatronBackend")
 
 
-class _ColumnLinear(wrappers.TEColumnParallelLinear):
-    """Returns the output alone."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output, _ = super().forward(x)
-        return output
+class _ColumnLinear(BatchFirst, wrappers.TEColumnParallelLinear):
+    pass
 
 
-class _RowLinear(wrappers.TERowParallelLinear):
-    """Returns the output alone."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output, _ = super().forward(x)
-        return output
+class _RowLinear(BatchFirst, wrappers.TERowParallelLinear):
+    pass
 
 
 class TransformerEngineBackend(MegatronBackend):
     """As MegatronBackend, with Transformer Engine's column- and row-parallel layers and RMSNorm.
 
-    Embedding, head, head norms, gathered linear layers and cross entropy stay Megatron's and ours: Transformer Engine
+    Embedding, head, layers for divided tokens and cross entropy stay Megatron's and ours: Transformer Engine
     has no equal of them.
     """
 
     _column_class = _ColumnLinear
     _row_class = _RowLinear
 
-    def __init__(self, initial_std: float, norm_epsilon: float) -> None:
-        super().__init__(initial_std, norm_epsilon)
+    def __init__(self, initial_std: float, norm_epsilon: float, placement: Placement = ALONE) -> None:
+        super().__init__(initial_std, norm_epsilon, placement)
         # The wrappers read dtypes, initialization and the kind of norm from it; the sizes are required but not used.
         self._layer_config = TransformerConfig(
             num_layers=1,
             hidden_size=1,
             num_attention_heads=1,
-            tensor_model_parallel_size=self.tensor_parallel_size,
-            use_cpu_initialization=True,
-            params_dtype=torch.float32,
-            gradient_accumulation_fusion=False,
             normalization="RMSNorm",
             layernorm_zero_centered_gamma=True,
             layernorm_epsilon=norm_epsilon,
+            **self._config_values(),
         )
 
     def norm(self, size: int) -> nn.Module:
-        """Transformer Engine's RMSNorm with a zero-centred weight."""
+        """Transformer Engine's RMSNorm with a zero-centred weight; with sequence parallelism ours, see share_norm."""
+        if self.placement.sequence_parallel:  # Transformer Engine would leave the sum over ranks to the trainer
+            return super().norm(size)
         return wrappers.TENorm(self._layer_config, size, eps=self._norm_epsilon)

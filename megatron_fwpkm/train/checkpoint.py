@@ -4,7 +4,7 @@
         latest                         name of the newest complete checkpoint
         step_00000200/
             slow/                      DeepSpeed: weights, optimizer shards
-            fast_state/replica_00000/block_001.safetensors
+            fast_state/replica_00000/block_001.safetensors, or block_001.shard_00000_of_00002.safetensors of each rank
             random/rank_00000.pt       random number generators
             <part>/                    whatever else has state of its own
             job.json                   step, tokens, data cursor, corpus, layout
@@ -22,10 +22,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_fwpkm.config import differing_keys
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.files import strict_json, sync_path, write_atomically
 from megatron_fwpkm.model.decoder import Decoder
@@ -35,6 +36,7 @@ from megatron_fwpkm.train.checkpoint_parts import CheckpointPart, FastStates, Ra
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step_(\d{8})")
+_ONE_RANK = {"tensor": 1, "pipeline": 1, "memory_ranks": 1, "memory_sharding": "slots"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,22 @@ class JobState:
     corpus: dict[str, str]
     """Hashes of the corpus and tokenizer that the run reads."""
     world_size: int
+    layout: dict[str, Any] = field(default_factory=lambda: dict(_ONE_RANK))
+    """How the ranks of a replica divide model and memories: a checkpoint is of one layout."""
     skipped_in_a_row: int = 0
     """Steps skipped just before; without them a run that has diverged would have all its tries again at each start."""
     format_version: int = FORMAT_VERSION
+
+
+def layout_of(topology: Topology) -> dict[str, Any]:
+    """How the ranks of a replica divide model and memories."""
+    place = topology.placement
+    return {
+        "tensor": topology.tensor_ranks,
+        "pipeline": topology.stages,
+        "memory_ranks": place.memory_ranks,
+        "memory_sharding": place.sharding,
+    }
 
 
 class CheckpointStore:
@@ -194,6 +209,12 @@ class CheckpointStore:
                 f"{source} was written by {state.world_size} processes and this job has {self._topology.world_size}; "
                 f"start it with parallel.processes={state.world_size}"
             )
+        own = layout_of(self._topology)
+        if state.layout != own:
+            raise UserError(
+                f"{source} was written with another layout of the processes (then, now): "
+                f"{'; '.join(differing_keys(state.layout, own))}. Start with the parallel section it was written with"
+            )
         for name, part in self._parts.items():
             try:
                 part.load(source / name)
@@ -205,9 +226,11 @@ class CheckpointStore:
 
     def _estimated_bytes(self) -> int:
         """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
-        slow = sum(parameter.numel() for parameter in self._model.parameters()) * 16
+        # With ZeRO-3 a parameter is empty and knows its size.
+        numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self._model.parameters())
+        slow = numbers * 16 * self._topology.world_size // self._topology.replicas
         fast = sum(state.num_bytes for _, state in self._model.fast_states())
-        return slow + self._topology.replicas * fast + (1 << 20)
+        return slow + self._topology.world_size * fast + (1 << 20)
 
 
 def _commit(partial: Path, target: Path, description: dict[str, dict[str, Any]]) -> None:

@@ -47,25 +47,27 @@ class SlowWeights:
 
 
 class FastStates:
-    """The memories of a model, one folder for each replica."""
+    """The memories of a model, one folder for each replica; of a memory over several ranks each writes its shard."""
 
     def __init__(self, model: Decoder, topology: Topology) -> None:
         self._states = list(model.fast_states())
         self._folder = f"replica_{topology.replica:05d}"
+        place = topology.placement
+        self._shard = f".shard_{place.memory_rank:05d}_of_{place.memory_ranks:05d}" if place.memory_ranks > 1 else ""
 
     def save(self, folder: Path) -> None:
-        """Write this replica's memories."""
+        """Write this replica's memories, or this rank's shards of them."""
         (folder / self._folder).mkdir(exist_ok=True)
         for index, state in self._states:
             state.save(self._file(folder, index))
 
     def load(self, folder: Path) -> None:
-        """Read this replica's memories."""
+        """Read this replica's memories, or this rank's shards of them."""
         for index, state in self._states:
             state.load(self._file(folder, index))
 
     def _file(self, folder: Path, index: int) -> Path:
-        return folder / self._folder / f"block_{index:03d}.safetensors"
+        return folder / self._folder / f"block_{index:03d}{self._shard}.safetensors"
 
 
 class RandomGenerators:

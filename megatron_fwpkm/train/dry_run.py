@@ -6,6 +6,7 @@ largest model takes seconds.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,23 +23,25 @@ from megatron_fwpkm.config import TrainConfig, to_yaml
 from megatron_fwpkm.data.manifest import read_manifest
 from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
-from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import MemoryConfig, PKMLayer
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
+from megatron_fwpkm.parallel.topology import check_layout
 from megatron_fwpkm.terminal import values_table
 
 VOCABULARY_MULTIPLE = 64
-"""The embedding is padded to a multiple of this times the tensor-parallel size."""
+"""The embedding is padded to a multiple of this. Tensor-parallel sizes that divide it make the same model."""
 _BYTES = {"fp32": 4, "bf16": 2}
-_OPTIMIZER_BYTES = 12
-"""Per slow weight: an fp32 copy and AdamW's two moments."""
+_MOMENT_BYTES = 8
+"""Per slow weight: AdamW's two moments."""
+_MASTER_BYTES = 4
+"""Per slow weight: the fp32 copy that every ZeRO stage above 0 updates."""
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def padded_vocabulary(tokens: int, tensor_parallel: int) -> int:
-    """Rows of the embedding for a tokenizer of so many tokens."""
-    multiple = VOCABULARY_MULTIPLE * tensor_parallel
+    """Rows of the embedding for a tokenizer of so many tokens, a multiple of the tensor-parallel size."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
     return -(-tokens // multiple) * multiple
 
 
@@ -72,6 +75,8 @@ class Plan:
     """Upper bound of what the memory layers keep for the backward pass of one microbatch."""
     replicas: int
     tensor_parallel: int
+    pipeline: int
+    zero_stage: int
 
     @property
     def slow(self) -> int:
@@ -98,13 +103,14 @@ def make_plan(config: TrainConfig) -> Plan:
     """Account for a job. Raises UserError if the number of processes doesn't fit the layout."""
     processes = int(os.environ.get("WORLD_SIZE", config.parallel.processes))
     tensor = config.parallel.tensor
-    if processes % tensor:
-        raise UserError(f"{processes} processes can't be divided into groups of parallel.tensor={tensor}")
-    replicas = processes // tensor
-    training, length = config.training, config.data.sequence_length
+    check_layout(config.parallel, processes)
+    replicas = processes // (tensor * config.parallel.pipeline)
+    training, length, stage = config.training, config.data.sequence_length, config.training.zero_stage
+    memory = config.parallel.memory
+    memory_ranks = tensor * (replicas if memory.replicas == "synced" else memory.group_replicas)
     model = _fake_model(config)
     kinds = tuple(_layer_kinds(model, length))
-    slow = sum(kind.slow for kind in kinds) // tensor
+    slow = sum(kind.slow for kind in kinds) // (tensor * config.parallel.pipeline)
     tables = sum(layer.values.numel() for layer in model.modules() if isinstance(layer, PKMLayer))
     width = _BYTES[training.precision]
     tokens = training.micro_batch_size * length
@@ -114,18 +120,30 @@ def make_plan(config: TrainConfig) -> Plan:
         flops_per_token=model.num_flops_per_token(length),
         tokens_per_step=tokens * training.gradient_accumulation * replicas,
         steps=training.steps,
-        weight_bytes=width * slow,
-        gradient_bytes=width * (slow - tables),  # of the tables, only rows that were read have one
-        # ZeRO-1 divides them over the replicas, but for those of PKM values, which every replica has.
-        optimizer_bytes=-(-_OPTIMIZER_BYTES * (slow - tables) // replicas)
-        + (_OPTIMIZER_BYTES - (width == 4) * 4) * tables,
-        fast_bytes=sum(state.num_bytes for _, state in model.fast_states()),
+        weight_bytes=_divided(width * (slow - tables), replicas if stage >= 3 else 1) + width * tables,
+        # Summed in fp32; of the tables, only rows that were read have one.
+        gradient_bytes=_divided(4 * (slow - tables), replicas if stage >= 2 else 1),
+        # Of PKM values every replica has them.
+        optimizer_bytes=_divided(
+            (_MOMENT_BYTES + (stage > 0) * _MASTER_BYTES) * (slow - tables), replicas if stage else 1
+        )
+        + (_MOMENT_BYTES + (width < 4) * _MASTER_BYTES) * tables,
+        fast_bytes=sum(
+            state.keys_H2nd.nbytes + _divided(state.table_ND.nbytes, memory_ranks) for _, state in model.fast_states()
+        ),
         memory_activation_bytes=sum(
             memory_activation_bytes(memory, training.micro_batch_size, length) for memory in memories
         ),
         replicas=replicas,
         tensor_parallel=tensor,
+        pipeline=config.parallel.pipeline,
+        zero_stage=stage,
     )
+
+
+def _divided(size: int, ranks: int) -> int:
+    """The largest share of so many bytes."""
+    return -(-size // ranks)
 
 
 def _fake_model(config: TrainConfig) -> Decoder:
@@ -220,7 +238,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     parts = [
         ("weights", plan.weight_bytes),
         ("gradients", plan.gradient_bytes),
-        (f"optimizer (ZeRO-1 over {plan.replicas} replicas)", plan.optimizer_bytes),
+        (f"optimizer (ZeRO-{plan.zero_stage} over {plan.replicas} replicas)", plan.optimizer_bytes),
         ("fast state", plan.fast_bytes),
         ("saved by memory layers per microbatch, at most", plan.memory_activation_bytes),
     ]
@@ -246,12 +264,12 @@ def _work_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
 def _layout_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """Replicas and their ranks; of many replicas the first and the last."""
     for replica in range(plan.replicas):
-        first = replica * plan.tensor_parallel
-        ranks = list(range(first, first + plan.tensor_parallel))
+        size = plan.tensor_parallel * plan.pipeline
+        ranks = list(range(replica * size, (replica + 1) * size))
         if replica < 4 or replica == plan.replicas - 1:
             yield f"replica {replica}", f"rank {', '.join(str(rank) for rank in ranks)}"
         elif replica == 4:
-            yield "...", f"{plan.replicas} replicas of {plan.tensor_parallel} ranks"
+            yield "...", f"{plan.replicas} replicas of {size} ranks"
 
 
 def readable_bytes(size: int) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megatron_fwpkm.memory import FwPKMLayer
+from megatron_fwpkm.memory import FwPKMLayer, PKMLayer
+from megatron_fwpkm.parallel.groups import ParallelGroups
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,18 @@ class EngineBundle:
 
 def engine_settings(training: TrainingConfig, gradient_clipping: float) -> dict[str, Any]:
     """DeepSpeed's configuration. Clipping is always set: its default is 1.0, not off."""
+    bf16 = training.precision == "bf16"
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
-        "gradient_clipping": gradient_clipping,
+        # Without ZeRO our optimizer clips: DeepSpeed would know neither the tables nor of steps that are not finite.
+        "gradient_clipping": gradient_clipping if training.zero_stage else 0.0,
         "zero_optimization": {"stage": training.zero_stage},
         "zero_allow_untested_optimizer": True,
         # In bf16 DeepSpeed looks for non-finite gradients only when asked; in fp32 it always does.
-        "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
-        # Sums over replicas would lose bits of bf16 gradients.
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        # Sums over microbatches and replicas would lose bits of bf16 gradients.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 30,
     }
@@ -44,18 +53,33 @@ def engine_settings(training: TrainingConfig, gradient_clipping: float) -> dict[
 def build_training(model: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig) -> EngineBundle:
     """Optimizer, DeepSpeed engine and trained tables for a model; all ranks call this together.
 
-    Raises UserError when a PKM layer is set to dense gradients.
+    The model's layers were made for the groups that Megatron has now. Raises UserError when a PKM layer is set to
+    dense gradients.
     """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(
-            model, optimizer.learning_rate, optimizer.betas, optimizer.epsilon, optimizer.weight_decay
-        ),
-        config=engine_settings(training, optimizer.gradient_clipping),
-        dist_init_required=False,
+    groups = ParallelGroups()
+    basic = build_optimizer(
+        model,
+        optimizer.learning_rate,
+        optimizer.betas,
+        optimizer.epsilon,
+        optimizer.weight_decay,
+        whole=None if training.zero_stage else (optimizer.gradient_clipping, groups.get_model_parallel_group()),
     )
+    # Without ZeRO, DeepSpeed would sum dense gradients of the tables, and with stage 3 gather them whole for a use.
+    if training.zero_stage in (0, 3):
+        set_tables_apart(model, _DTYPES[training.precision])
+    with redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=basic,
+            config=engine_settings(training, optimizer.gradient_clipping),
+            dist_init_required=False,
+            mpu=groups,
+        )
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        engine.communication_data_type = torch.float64  # comparisons; the configuration knows no such type
     check_fast_state(model)
     # After the engine has cast the parameters and made them equal on all replicas: the tables keep copies.
     own_rate = optimizer.pkm_values_learning_rate
@@ -65,28 +89,51 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         is_decayed=is_decayed,
         rate_share=1.0 if own_rate is None else own_rate / optimizer.learning_rate,
         clipping=optimizer.gradient_clipping,
-        group=engine.optimizer.dp_process_group,
+        group=groups.get_data_parallel_group(),
     )
-    _include_in_gradient_norm(engine.optimizer, tables)
+    if len(tables):
+        include_in_gradient_norm(engine.optimizer, tables.join_norm, groups)
     return EngineBundle(engine, tables)
 
 
-def _include_in_gradient_norm(optimizer: Any, tables: TrainedTables) -> None:
+def set_tables_apart(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make the tables plain attributes of their layers, in the training dtype: no one finds them as parameters."""
+    for layer in model.modules():
+        if isinstance(layer, PKMLayer) and "values" in layer._parameters:
+            values = layer._parameters.pop("values")
+            assert values is not None
+            values.data = values.data.to(dtype)
+            object.__setattr__(layer, "values", values)
+
+
+def include_in_gradient_norm(optimizer: Any, join: Callable[[Tensor], Tensor], groups: ParallelGroups) -> None:
     """Make DeepSpeed's global gradient norm the norm of all gradients, those of the tables included.
 
-    In a step DeepSpeed's ZeRO optimizer asks `scaled_global_norm` once, on all replicas together, after its own
-    gradients are reduced; from the result it decides whether the step is finite, and how much to clip. So this is the
-    one place where both sets of gradients meet: replicas exchange the tables' rows here, one clip coefficient follows
-    from the joint norm, and a table's gradient that is not finite makes DeepSpeed skip the step on every rank. (When
-    its own gradients are not finite in bf16, DeepSpeed skips without asking, and the tables' are dropped unread.)
+    `join` takes the norm of the other gradients and returns that of all; all ranks call it together, once in a step,
+    after their own gradients are reduced. From the result DeepSpeed decides whether the step is finite, and how much
+    to clip. So this is the one place where both sets of gradients meet: replicas exchange the tables' rows here, one
+    clip coefficient follows from the joint norm, and a table's gradient that is not finite makes DeepSpeed skip the
+    step on every rank. (Where a stage skips a step before it asks, the tables' gradients are dropped unread.) Each of
+    DeepSpeed's optimizers asks in its own way.
     """
-    norm_of_others = optimizer.scaled_global_norm
+    if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and 2, and ours without ZeRO
+        norm_of_others = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda norm_type=2: join(norm_of_others(norm_type))
+    elif hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3 combines norms of groups
+        norms_of_others = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [*(found := norms_of_others()), join(torch.zeros_like(found[0]))]
+    else:  # ZeRO-1 in bf16: adds the squares of these tensors up over the ranks of a replica
+        gradients_of_others = optimizer.get_grads_for_norm
 
-    def scaled_global_norm(norm_type: float = 2) -> torch.Tensor:
-        return tables.join_norm(norm_of_others(norm_type))
+        def get_grads_for_norm(for_clipping: bool = False) -> Any:
+            found = gradients_of_others(for_clipping)
+            if for_clipping:
+                return found
+            plain, of_experts = found
+            norm = join(torch.zeros((), device=plain[0].device if plain else None))
+            return ([*plain, norm] if groups.get_model_parallel_rank() == 0 else plain), of_experts
 
-    if len(tables):
-        optimizer.scaled_global_norm = scaled_global_norm
+        optimizer.get_grads_for_norm = get_grads_for_norm
 
 
 def check_fast_state(model: nn.Module) -> None:

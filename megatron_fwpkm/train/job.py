@@ -88,6 +88,9 @@ def _run(config: TrainConfig, ranks: parallel.Topology, scratch: Path, stop: Sto
     job = _build(config, ranks, open_data(config, ranks, scratch, _ignore if said else say))
     notes: list[str] = []
     progress = _resume_or_begin(job, notes.append)
+    reason = _no_samples_because(config, ranks)
+    if reason and config.logging.samples:
+        notes.append(f"no prompts are continued at evaluations: {reason}")
     peak = _describe_run(job)
     with job.recorder as recorder:
         parallel.agree_on_errors(lambda: recorder.open(progress.step), "opening metrics and logs")
@@ -119,13 +122,16 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
     model = Decoder(
         config.model,
         vocab_size=padded_vocabulary(data.vocab_size, config.parallel.tensor),
-        backend=megatron_backend(config.model.initial_std, config.model.norm_epsilon),
+        backend=megatron_backend(config.model.initial_std, config.model.norm_epsilon, ranks.placement),
         seed=config.seed,
     )
+    model.recompute_sublayers(config.training.activation_checkpointing == "sublayers")
+    count = model.num_parameters()  # before ZeRO-3 takes the weights apart
     bundle = build_training(model, config.optimizer, config.training)
     recorder = Recorder(config, ranks.is_leader)
     prompts_BT = prompts_from(data.held_out, config.logging.samples, config.logging.sample_prompt_tokens)
-    if ranks.is_leader and prompts_BT is not None and data.tokenizer is not None:
+    sampling = ranks.replica == 0 and not _no_samples_because(config, ranks)
+    if sampling and prompts_BT is not None and data.tokenizer is not None:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(data.tokenizer))
@@ -147,7 +153,17 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
             {"slow_tables": bundle.tables} if len(bundle.tables) else {},
         ),
         recorder=recorder,
+        parameters=count,
     )
+
+
+def _no_samples_because(config: TrainConfig, ranks: parallel.Topology) -> str:
+    """Why the ranks of the first replica can't run the model on their own; empty if they can."""
+    if config.training.zero_stage == 3:
+        return "with training.zero_stage 3 every use of a weight is an exchange between replicas"
+    if ranks.stages > 1:
+        return "the layers are divided into stages"
+    return "a memory is spread over several replicas" if ranks.placement.replicas > 1 else ""
 
 
 def _resume_or_begin(job: Job, say: Callable[[str], None]) -> Progress:
@@ -192,9 +208,10 @@ def _describe(job: Job, peak: Peak) -> str:
     )
     blocks = list(config.model.memory_layers) or "none"
     flops = job.model.num_flops_per_token(config.data.sequence_length)
-    count = job.model.num_parameters()
+    count = job.parameters
+    each = "" if job.topology.tensor_ranks * job.topology.stages == 1 else " a process"
     return (
-        f"model: {count.slow / 1e6:.2f} million slow and {count.fast / 1e6:.2f} million fast weights, "
+        f"model: {count.slow / 1e6:.2f} million slow and {count.fast / 1e6:.2f} million fast weights{each}, "
         f"{flops / 1e6:.1f} MFLOP a token, memory in blocks {blocks}; {job.topology.world_size} processes, "
         f"{per_step:,} tokens a step, {config.training.steps} steps; MFU is of {job.peak_flops / 1e12:.3g} TFLOP/s "
         f"({peak.source}; {job.topology.world_size} x {peak.flops / 1e12:.3g})"

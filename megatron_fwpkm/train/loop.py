@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.batch import Loader, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, held_out_loss
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
-from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState
+from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.train.engine import EngineBundle
+from megatron_fwpkm.train.key_check import check_keys
 from megatron_fwpkm.train.recorder import Recorder, StepRecord
 from megatron_fwpkm.train.schedule import build_schedule
 from megatron_fwpkm.train.step import Stepper, StepResult
@@ -37,6 +39,8 @@ class Job:
     corpus: dict[str, str]
     """Hashes that tell corpora and tokenizers apart."""
     recorder: Recorder
+    parameters: ParameterCount = field(default_factory=ParameterCount)
+    """Weights of this rank's part of the model."""
     peak_flops: float = float("nan")
     """FLOP/s of all processes' devices together, for MFU."""
 
@@ -83,7 +87,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
         job.loader,
         training=config.training,
         seed=config.seed,
-        world_size=job.topology.world_size,
+        topology=job.topology,
     )
     last_step = min(config.training.steps, config.training.stop_after_step or config.training.steps)
     flops_per_token = job.model.num_flops_per_token(config.data.sequence_length)
@@ -94,6 +98,8 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
         result = stepper.run(progress.step + 1, rate, lambda: stop_requested() or job.recorder.failed)
         seconds = time.perf_counter() - started
         _advance(progress, result, seconds)
+        if config.parallel.check_keys_every and progress.step % config.parallel.check_keys_every == 0:
+            check_keys(job.model, job.topology)
         job.recorder.step(_record(job, progress, result, rate, seconds, flops_per_token))
         if progress.skipped_in_a_row >= config.training.max_skipped_steps:
             raise SharedUserError(
@@ -114,7 +120,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
 def evaluate(job: Job, progress: Progress) -> HeldOutLoss:
     """Measure held-out loss with and without memory reads; record it, show it, continue some prompts."""
     started = time.perf_counter()
-    result = held_out_loss(job.model, job.held_out)
+    result = held_out_loss(job.model, job.held_out, counted=job.topology.leads_replica)
     job.recorder.evaluation(progress.step, result, time.perf_counter() - started)
     return result
 
@@ -131,6 +137,7 @@ def save(job: Job, progress: Progress) -> Path:
         data_cursor=job.loader.state_dict(),
         corpus=job.corpus,
         world_size=job.topology.world_size,
+        layout=layout_of(job.topology),
         skipped_in_a_row=progress.skipped_in_a_row,
     )
     started = time.perf_counter()

@@ -114,7 +114,13 @@ class Recorder(AbstractContextManager["Recorder"]):
         self._display.step(record.step, line)
 
     def evaluation(self, step: int, result: HeldOutLoss, seconds: float) -> None:
-        """Record and show a measurement, and continue the sampler's prompts."""
+        """Record and show a measurement, and continue the sampler's prompts.
+
+        All ranks call this together: those that have a sampler continue prompts together.
+        """
+        continued = None if self.sampler is None else self.sampler.continue_prompts()
+        if not self._active:
+            return
         with_reads, without_reads = perplexity(result.with_reads), perplexity(result.without_reads)
         values = {
             "evaluation/loss": result.with_reads,
@@ -127,9 +133,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             f"held-out perplexity {with_reads:.3f}, without memory reads {without_reads:.3f}  "
             f"({result.tokens:,} tokens in {seconds:.0f} s)"
         )
-        if self.sampler is not None:
-            sampler = self.sampler
-            self._attempt(lambda: sampler.write(self._run_directory / "samples", step))
+        if self.sampler is not None and continued is not None:
+            sampler, rows = self.sampler, continued
+            self._attempt(lambda: sampler.write(self._run_directory / "samples", step, rows))
 
     def _write_metrics(
         self, step: int, values: dict[str, float], histograms: dict[str, list[float]], always: bool = False

@@ -56,14 +56,26 @@ class TrainingConfig(Section):
     """Microbatches per optimizer step."""
     sliding_probability: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of steps, drawn by seed and step, in which full attention sees the sliding window only."""
-    zero_stage: Literal[1] = 1
-    """ZeRO stage; only 1 is supported (with 0, bf16 would train differently: DeepSpeed steps once at the start)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What replicas divide among them: 0 nothing (fp32 only), 1 optimizer state, 2 gradients too, 3 weights too."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of slow weights and activations; fast state is fp32 always."""
+    """Precision of slow weights and activations; fast state and sums of gradients are fp32 always."""
+    activation_checkpointing: Literal["none", "sublayers"] = "none"
+    """"sublayers": attention, delta nets and MLPs keep their input alone and compute again in the backward pass;
+    memories, which write as they read, keep what they need."""
     max_skipped_steps: int = Field(default=20, ge=1)
     """Steps in a row that may be skipped as not finite before the job ends with an error."""
     stop_after_step: int | None = Field(default=None, ge=1)
     """Stop with a checkpoint after this step although the schedule goes on; null means never."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> TrainingConfig:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage 0 keeps no float32 weights beside bf16 ones, and DeepSpeed makes a step of its own at the "
+                "start; set training.zero_stage to 1, 2 or 3, or training.precision=fp32"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

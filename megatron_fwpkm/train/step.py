@@ -15,7 +15,7 @@ import torch
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.model.decoder import Decoder
-from megatron_fwpkm.parallel.topology import agree_on_errors, sum_over_ranks
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, sum_over_ranks
 from megatron_fwpkm.train.engine import EngineBundle
 from megatron_fwpkm.train.optimizer import set_learning_rate
 from megatron_fwpkm.train.schedule import limits_attention
@@ -80,7 +80,7 @@ class Stepper:
         loader: gives this rank's next microbatch
         training: accumulation and probability of limited attention
         seed: of the draw that limits attention
-        world_size: number of ranks, each a replica
+        topology: this rank among all
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Stepper:
         *,
         training: TrainingConfig,
         seed: int,
-        world_size: int,
+        topology: Topology,
     ) -> None:
         self._engine, self._tables = bundle.engine, bundle.tables
         self._model = model
         self._loader = loader
         self._training = training
         self._seed = seed
-        self._world_size = world_size
+        self._topology = topology
         self._device: torch.device = bundle.engine.device
 
     def run(self, step: int, learning_rate: float, stop_requested: Callable[[], bool]) -> StepResult:
@@ -138,7 +138,7 @@ class Stepper:
             applied=applied,
             loss=loss,
             gradient_norm=gradient_norm,
-            tokens=sum(batch.tokens_BT.numel() for batch in batches) * self._world_size,
+            tokens=sum(batch.tokens_BT.numel() for batch in batches) * self._topology.replicas,
             labels=labels,
             limited_attention=limited,
             stop_requested=stops > 0,
@@ -160,7 +160,7 @@ class Stepper:
                 batches = [next(self._loader) for _ in range(self._training.gradient_accumulation)]
             except Exception as error:
                 failure = error
-        own = sum(int((batch.labels_BT != IGNORED_LABEL).sum()) for batch in batches)
+        own = sum(int((batch.labels_BT != IGNORED_LABEL).sum()) for batch in batches) * self._topology.leads_replica
         shared = torch.tensor([own, failure is not None], dtype=torch.float64, device=self._device)
         labels, failures = sum_over_ranks(shared).tolist()
 
@@ -194,7 +194,7 @@ class Stepper:
         with times.measure("backward"):
             # The engine averages gradients over the replicas and here does not divide by the accumulation: what is
             # left is the gradient of the sum over all counted labels, divided by their number.
-            self._engine.backward(guarded * self._world_size, scale_wrt_gas=False)
+            self._engine.backward(guarded * self._topology.replicas, scale_wrt_gas=False)
         with times.measure("update"):
             self._engine.step()
         return loss.detach(), memory
@@ -209,9 +209,9 @@ class Stepper:
         means = torch.stack(
             [torch.cat([norm.view(1), *(memory[name].flatten().double() for name in names)]) for memory in memories]
         ).mean(0)
-        total = torch.stack(losses).double().sum()
+        total = torch.stack(losses).double().sum() * self._topology.leads_replica
         stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=self._device)
-        shared = sum_over_ranks(torch.cat([total.view(1), stop, means / self._world_size])).tolist()
+        shared = sum_over_ranks(torch.cat([total.view(1), stop, means / self._topology.world_size])).tolist()
         loss, stops, gradient_norm, *numbers = shared
         remaining = iter(numbers)
         statistics = {name: list(islice(remaining, size)) for name, size in zip(names, sizes, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,9 @@ def test_yaml_of_a_config_loads_to_the_same_config(tmp_path: Path) -> None:
         ("model.rope_scaling={factor: 2}", "model.rope_scaling.original_length"),
         ("optimizer.warmup_steps=100000", "warmup_steps"),
         ("evaluation.sequences=1", "evaluation.sequences"),
+        ("parallel.tensor=3", "model.key_value_heads (2) can't be divided over parallel.tensor (3) ranks"),
+        ("training={zero_stage: 0, precision: bf16}", "zero_stage 0 keeps no float32 weights"),
+        ("training.zero_stage=4", "training.zero_stage"),
         ("data.source=web", "data.source"),
         ("model.memory.topk=0", "topk"),
         (f"seed={2**63}", "seed: Input should be less than or equal to 9223372036854775807"),
@@ -146,3 +150,19 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_differing_keys_are_dotted() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c (2, 3)", "d (None, 4)"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.mlp_size=641"], "model.mlp_size (641) can't be divided over parallel.tensor (2) ranks"),
+        (["model.mixers=[gated_delta_net]", "model.delta_net={key_heads: 3, value_heads: 3}"], "key_heads (3)"),
+        (["parallel.sequence_parallel=true", "data.sequence_length=129"], "data.sequence_length (129)"),
+        (["parallel.memory.sharding=columns", "model.memory.v_dim=129"], "model.memory.v_dim (129)"),
+        (["parallel.memory.group=tp_dp_20", "model.memory.n_subkeys=32"], "n_subkeys (32) must be at least .* (40)"),
+        (["parallel.pipeline=2", "training.zero_stage=2"], "parallel.pipeline (2) above 1"),
+    ],
+)
+def test_sizes_that_a_layout_does_not_divide_are_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words).replace(r"\.\*", ".*")):
+        load_train_config(NANO, ["parallel.tensor=2", "parallel.processes=4", *overrides])

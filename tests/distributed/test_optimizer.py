@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 SCRIPT = "optimizer_checks.py"
+STAGES = ("train_fp32_0", "train_fp32_2", "train_fp32_3", "train_bf16_2", "train_bf16_3")
 
 
 def check_replicas(found: dict[str, Any], precision: str) -> None:
@@ -36,7 +37,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterat
 
     folder = tmp_path_factory.mktemp("optimizer")
     job = TinyJob(folder, tiny_data)
-    yield job.worker(SCRIPT, str(folder), "train_fp32", "train_bf16", "guards_fp32", "guards_bf16"), folder
+    yield job.worker(SCRIPT, str(folder), "train_fp32", "train_bf16", "guards_fp32", "guards_bf16", *STAGES), folder
     job.end()
 
 
@@ -47,6 +48,19 @@ def test_two_replicas_equal_plain_torch_with_the_whole_batch(checked: tuple[dict
     assert found["loss_error"] < 3e-6
     assert found["norm_error"] < 3e-6
     assert found["weight_error"] < 3e-6
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_tables_train_beside_every_stage(checked: tuple[dict[str, Any], Path], name: str) -> None:
+    """Norm and clipping are joint in every stage, whichever way its optimizer asks for the norm."""
+    found, first = checked[0][name], checked[0]["train_bf16"]
+    assert found["equal_at_start"] and found["equal_at_end"] and found["changed"]
+    assert found["applied"] == [True] * 5 and min(found["norms"]) > 0.6
+    if "fp32" in name:
+        assert max(found["loss_error"], found["norm_error"], found["weight_error"]) < 3e-6
+    else:
+        assert found["losses"] == pytest.approx(first["losses"], abs=1e-2)
+        assert found["norms"] == pytest.approx(first["norms"], rel=1e-2)
 
 
 def test_two_replicas_equal_one_with_the_whole_batch_in_bf16(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -147,3 +148,28 @@ def test_gradients_reach_every_slow_weight() -> None:
 def test_impossible_sizes(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         small_config(**change)
+
+
+def test_sublayers_computed_again_change_nothing_and_memories_write_once() -> None:
+    """Mixers and MLPs run twice, memories and PKM layers once; gradients and fast state are bitwise the same."""
+
+    def count(name: str, calls: dict[str, int], *hook: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
+
+    tokens, found = random_tokens(2, 24), []
+    for recompute in (False, True):
+        model = small_decoder(memory_layers=(0, 1), pkm_layers=(2,))
+        model.recompute_sublayers(recompute)
+        calls: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in ("mixer", "mlp", "memory"):
+                module.register_forward_pre_hook(partial(count, name, calls))
+        model(tokens, tokens.roll(-1, 1)).mean().backward()
+        again = 2 if recompute else 1
+        assert all(calls[f"blocks.{index}.mixer"] == again for index in range(3))
+        assert calls["blocks.0.mlp"] == calls["blocks.1.mlp"] == again and calls["blocks.2.mlp"] == 1
+        assert calls["blocks.0.memory"] == calls["blocks.1.memory"] == 1
+        gradients = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
+        states = [tensor for _, state in model.fast_states() for tensor in (state.keys_H2nd, state.values_ND())]
+        found.append([*gradients, *states])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -43,7 +43,7 @@ def test_installed() -> None:
 def test_split_parameters_and_layers_follow_the_default_device() -> None:
     plain = backend.TorchBackend()
     with torch.device("meta"):
-        layers = (plain.linear(4, 3), plain.embedding(5, 4), plain.norm(4), plain.head_norm(4))
+        layers = (plain.share_linear(4, 3), plain.embedding(5, 4), plain.norm(4), plain.share_norm(4))
         tensors = [p for layer in layers for p in layer.parameters()]
         tensors.append(plain.split_parameter((4, 2), torch.nn.init.ones_))
     assert all(tensor.is_meta for tensor in tensors)

@@ -43,7 +43,7 @@ def test_plan_counts_what_the_model_has() -> None:
     assert {kind.layers for kind in plan.kinds if "FwPKM" in kind.name} == {2}
     assert plan.active_per_token == model.num_parameters().active_per_token
     assert plan.tokens_per_step == 2 * 3 * 1024 and plan.total_flops == plan.flops_per_token * 2 * 3 * 1024 * 560
-    assert (plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes) == (2 * slow, 2 * slow, 6 * slow)
+    assert (plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes) == (2 * slow, 4 * slow, 6 * slow)
 
 
 def test_plan_counts_untied_embeddings_as_the_model_does() -> None:
@@ -97,7 +97,7 @@ def test_plan_refuses_processes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch)
     parallel = _nano().parallel.model_copy(update={"tensor": 2})
     config = _nano().model_copy(update={"parallel": parallel})
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"3 processes can't be divided into groups of parallel\.tensor=2"):
+    with pytest.raises(UserError, match=r"3 processes can't be divided into .* parallel\.tensor=2"):
         make_plan(config)
 
 

@@ -193,7 +193,8 @@ def test_samples_are_greedy_and_change_nothing(tmp_path: Path) -> None:
     words = {f"w{number} ": number for number in range(50)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0 "))
     tokenizer.decoder = decoders.Fuse()
-    path = Sampler(model, tokenizer, prompts_BT, new_tokens=5).write(tmp_path, 7)
+    sampler = Sampler(model, tokenizer, prompts_BT, new_tokens=5)
+    path = sampler.write(tmp_path, 7, sampler.continue_prompts())
     after = state.snapshot()
     assert torch.equal(after.table_ND, before[0].table_ND) and torch.equal(after.keys_H2nd, before[0].keys_H2nd)
     assert torch.equal(torch.get_rng_state(), before[1]) and model.training

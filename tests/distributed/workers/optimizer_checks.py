@@ -1,6 +1,7 @@
 """Checks of engine, trained tables and steps on a small model with PKM layers; prints what it found on rank 0.
 
-Arguments: a configuration (unused), a folder, and checks by name: train_fp32, guards_bf16, ...
+Arguments: a configuration (unused), a folder, and checks by name: train_fp32, train_fp32_3 (the ZeRO stage, if not 1),
+guards_bf16, ...
 """
 
 from __future__ import annotations
@@ -99,36 +100,49 @@ def own_share(batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
         yield TokenBatch(batch.tokens_BT[rows], batch.labels_BT[rows])
 
 
-def build(precision: str, probability: float = 0.0) -> tuple[SmallModel, EngineBundle, TrainingConfig]:
+def build(precision: str, probability: float = 0.0, stage: int = 1) -> tuple[SmallModel, EngineBundle, TrainingConfig]:
     training = TrainingConfig(
         steps=STEPS,
         micro_batch_size=SEQUENCES // torch.distributed.get_world_size(),
         gradient_accumulation=ACCUMULATION,
         precision=precision,  # type: ignore[arg-type]
         sliding_probability=probability,
+        zero_stage=stage,  # type: ignore[arg-type]
     )
     model = SmallModel()
-    with torch.no_grad():  # what differs between ranks before, the engine makes equal
-        table_parameters(model)["blocks.0.values"].add_(torch.distributed.get_rank())
+    if stage in (1, 2):
+        with torch.no_grad():  # what differs between ranks before, the engine makes equal
+            table_parameters(model)["blocks.0.values"].add_(torch.distributed.get_rank())
     return model, build_training(model, OPTIMIZER, training), training
 
 
 def make_stepper(
     model: SmallModel, bundle: EngineBundle, training: TrainingConfig, batches: Iterator[TokenBatch]
 ) -> Stepper:
-    world_size = torch.distributed.get_world_size()
-    return Stepper(bundle, model, batches, training=training, seed=3, world_size=world_size)  # type: ignore[arg-type]
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ranks = topology.Topology(rank, size, local_rank=rank, local_world_size=size, replica=rank, replicas=size)
+    return Stepper(bundle, model, batches, training=training, seed=3, topology=ranks)  # type: ignore[arg-type]
 
 
 def run(stepper: Stepper, steps: range, stop: bool = False) -> list[StepResult]:
     return [stepper.run(step, RATES[(step - 1) % len(RATES)], lambda: stop) for step in steps]
 
 
+def all_weights(model: SmallModel) -> dict[str, Tensor]:
+    """All weights in float32, those that ZeRO-3 divides gathered and the tables that some stages don't see included."""
+    import deepspeed
+
+    parameters = {**dict(model.named_parameters()), **table_parameters(model)}
+    divided = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+        return {name: parameters[name].detach().float().clone() for name in sorted(parameters)}
+
+
 def digest(model: SmallModel, bundle: EngineBundle) -> str:
     """Of all weights, and of the tables' masters, moments, counts and clocks."""
     found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().float().numpy().tobytes())
+    for weight in all_weights(model).values():
+        found.update(weight.numpy().tobytes())
     for state in bundle.tables.state_dict().values():
         for value in state.values():
             found.update(value.numpy().tobytes() if isinstance(value, Tensor) else value.hex().encode())
@@ -141,16 +155,16 @@ def everywhere(value: Any) -> list[Any]:
     return values
 
 
-def check_train(precision: str, folder: Path) -> dict[str, Any]:
+def check_train(precision: str, folder: Path, stage: int = 1) -> dict[str, Any]:
     """A few steps; the state goes to a file, and a reference in plain torch makes the same steps in fp32."""
-    model, bundle, training = build(precision)
+    model, bundle, training = build(precision, stage=stage)
     start = everywhere(digest(model, bundle))
     reference = reference_run() if precision == "fp32" else None
     results = run(make_stepper(model, bundle, training, own_share(global_batches())), range(1, STEPS + 1))
-    tensors = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    tensors = all_weights(model)
     for name, state in bundle.tables.state_dict().items():
         tensors |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0 and stage == 1:
         torch.save(tensors, folder / f"{precision}_{torch.distributed.get_world_size()}.pt")
     engine: Any = bundle.engine
     found: dict[str, Any] = {
@@ -163,8 +177,8 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
         "labels": [result.labels for result in results],
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "master_dtypes": sorted({str(state["master_ND"].dtype) for state in bundle.tables.state_dict().values()}),
-        "in_partitions": sum(group.numel() for group in engine.optimizer.bit16_groups_flat),
-        "others": sum(p.numel() for n, p in model.named_parameters() if n not in table_parameters(model)),
+        "in_partitions": in_partitions(engine.optimizer) if stage in (1, 2) else None,
+        "others": sum(w.numel() for n, w in tensors.items() if "/" not in n and n not in table_parameters(model)),
         "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in table_parameters(model)),
     }
     if reference is not None:
@@ -173,6 +187,12 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
         found["norm_error"] = largest_error(found["norms"], norms)
         found["weight_error"] = max(float((tensors[name] - value).abs().max()) for name, value in weights.items())
     return found
+
+
+def in_partitions(optimizer: Any) -> int:
+    """Weights that DeepSpeed's optimizer divides, padding included; its two kinds name them differently."""
+    flat = optimizer.bit16_groups_flat if hasattr(optimizer, "bit16_groups_flat") else optimizer.bf16_groups_flat
+    return sum(group.numel() for group in flat)
 
 
 def largest_error(found: list[float], expected: list[float]) -> float:
@@ -304,8 +324,9 @@ def main() -> None:
     ranks = topology.initialize(ParallelConfig(timeout_seconds=60))
     found = {}
     for name in names:
-        check, precision = name.split("_")
-        found[name] = {"train": check_train, "guards": check_guards}[check](precision, folder)
+        check, precision, *stages = name.split("_")
+        stage = int(stages[0]) if stages else 1
+        found[name] = check_train(precision, folder, stage) if check == "train" else check_guards(precision, folder)
     topology.shut_down()
     if ranks.is_leader:
         print(json.dumps(found), flush=True)

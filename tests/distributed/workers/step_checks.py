@@ -54,7 +54,7 @@ def make_stepper(job: Job) -> Stepper:
         job.loader,
         training=job.config.training,
         seed=job.config.seed,
-        world_size=job.topology.world_size,
+        topology=job.topology,
     )
 
 

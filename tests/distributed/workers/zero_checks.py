@@ -1,0 +1,193 @@
+"""Training under ZeRO stages and tensor parallelism against one process in plain torch; prints relative errors.
+
+Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism,
+"r" for computing sublayers again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
+from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.parallel import topology
+from megatron_fwpkm.parallel.backend import TorchBackend, megatron_backend
+from megatron_fwpkm.parallel.settings import ParallelConfig
+from megatron_fwpkm.train.engine import build_training
+from megatron_fwpkm.train.optimizer import build_optimizer
+from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
+from megatron_fwpkm.train.step import Stepper
+from tests.distributed.workers.tensor_parallel_checks import CONFIG, VOCABULARY, share
+
+SEQUENCES, LENGTH, ACCUMULATION = 4, 16, 2
+RATES = [4e-3, 6e-3, 2e-3]
+# A large epsilon: AdamW divides tiny gradients by their own size, and would show the last bits of sums as whole steps.
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, epsilon=1e-3, weight_decay=0.2, gradient_clipping=0.3, warmup_steps=0)
+KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+MODEL = replace(CONFIG, window=4)
+
+
+def batches() -> Iterator[TokenBatch]:
+    """Microbatches of all replicas together, with unevenly many labels."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.9, SEQUENCES)[:, None]] = -100
+        yield TokenBatch(tokens[:, :-1], labels)
+
+
+def own_share(ranks: topology.Topology) -> Iterator[TokenBatch]:
+    size = SEQUENCES // ranks.replicas
+    for batch in batches():
+        rows = slice(ranks.replica * size, (ranks.replica + 1) * size)
+        yield TokenBatch(batch.tokens_BT[rows], batch.labels_BT[rows])
+
+
+def reference(dtype: torch.dtype) -> dict[str, Any]:
+    """Plain torch in one process with the whole batch."""
+    model = Decoder(MODEL, VOCABULARY, TorchBackend(0.1), seed=3).to(dtype)
+    optimizer = build_optimizer(model, 1.0, OPTIMIZER.betas, OPTIMIZER.epsilon, OPTIMIZER.weight_decay)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    source = batches()
+    for rate in RATES:
+        parts = [next(source) for _ in range(ACCUMULATION)]
+        labels = sum(int((part.labels_BT != IGNORED_LABEL).sum()) for part in parts)
+        losses = [model(part.tokens_BT, part.labels_BT).sum() / labels for part in parts]
+        torch.stack(losses).sum().backward()
+        if not found["losses"]:
+            found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found["losses"].append(sum(loss.item() for loss in losses))
+        found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return found
+
+
+def whole_gradients(engine: Any, model: Decoder) -> dict[str, Tensor]:
+    """Of this tensor-parallel rank, over all replicas, before clipping; all ranks call this together."""
+    from deepspeed.utils import safe_get_full_grad
+
+    def gradient(parameter: nn.Parameter) -> Tensor:
+        found = parameter.grad if engine.zero_optimization_stage() == 0 else safe_get_full_grad(parameter)
+        assert found is not None
+        return found.clone()
+
+    return {name: gradient(parameter) for name, parameter in model.named_parameters()}
+
+
+def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool) -> dict[str, Any]:
+    import deepspeed
+
+    training = TrainingConfig.model_validate(
+        {
+            "micro_batch_size": SEQUENCES // ranks.replicas,
+            "gradient_accumulation": ACCUMULATION,
+            "zero_stage": stage,
+            "precision": "bf16" if precision == "bf16" else "fp32",
+        }
+    )
+    model = Decoder(MODEL, VOCABULARY, megatron_backend(0.1, 1e-5, ranks.placement), seed=3)
+    model.recompute_sublayers(recompute)
+    if precision == "fp64":
+        model.double()
+    bundle = build_training(model, OPTIMIZER, training)
+    engine = bundle.engine
+    stepper = Stepper(bundle, model, own_share(ranks), training=training, seed=3, topology=ranks)
+    found: dict[str, Any] = {"losses": [], "norms": [], "applied": []}
+    update = engine.step
+
+    def step() -> None:
+        if engine.is_gradient_accumulation_boundary() and not found["losses"]:
+            found["gradients"] = whole_gradients(engine, model)
+        update()
+
+    if precision != "bf16":
+        engine.step = step
+    for number, rate in enumerate(RATES, start=1):
+        result = stepper.run(number, rate, lambda: False)
+        found["losses"].append(result.loss)
+        found["norms"].append(result.gradient_norm)
+        found["applied"].append(result.applied)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        found["weights"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    found["skipped"] = check_skip(ranks, stepper, model, stage, found["weights"])
+    return found
+
+
+def check_skip(
+    ranks: topology.Topology, stepper: Stepper, model: Decoder, stage: int, before: dict[str, Tensor]
+) -> bool:
+    """A gradient that is not finite on one rank: no rank applies the step or changes a weight."""
+    import deepspeed
+
+    handle = None
+    if ranks.rank == ranks.world_size - 1:
+        handle = model.get_submodule("blocks.0.mlp").register_forward_hook(
+            lambda module, given, output: output * math.nan
+        )
+    result = stepper.run(len(RATES) + 1, 1e-2, lambda: False)
+    if handle is not None:
+        handle.remove()
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        same = all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    return same and not result.applied and stepper.run(len(RATES) + 2, 1e-2, lambda: False).applied
+
+
+def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    errors = {
+        key: max(abs(a - b) / b for a, b in zip(found[key], wanted[key], strict=True)) for key in ("losses", "norms")
+    }
+    for key in ("gradients", "weights"):
+        if key in found:
+            assert set(found[key]) == set(wanted[key])
+            errors[key] = max(
+                float(
+                    (part.to(wanted[key][name].dtype) - share(wanted[key][name], part)).norm()
+                    / wanted[key][name].norm()
+                )
+                for name, part in found[key].items()
+            )
+    errors["applied"] = 0.0 if all(found["applied"]) else 1.0
+    errors["skipped"] = 0.0 if found.get("skipped", True) else 1.0
+    return errors
+
+
+def main() -> None:
+    topology.initialize(ParallelConfig(timeout_seconds=60))
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, wanted = get_accelerator(), {"fp32": reference(torch.float32), "fp64": reference(torch.float64)}
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
+    found: dict[str, dict[str, float]] = {}
+    for layout in sys.argv[2:]:
+        settings = {"tensor": int(layout.rstrip("sr")), "sequence_parallel": "s" in layout}
+        ranks = topology.build_groups(ParallelConfig.model_validate({**settings, "timeout_seconds": 60}))
+        for stage, precision in KINDS:
+            errors = compare(
+                wanted["fp64" if precision == "fp64" else "fp32"],
+                train(ranks, stage, precision, recompute="r" in layout),
+            )
+            every: list[dict[str, float]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(every, errors)
+            found[f"{layout} ZeRO-{stage} {precision}"] = {key: max(one[key] for one in every) for key in errors}
+    rank = dist.get_rank()
+    topology.shut_down()
+    if rank == 0:
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
