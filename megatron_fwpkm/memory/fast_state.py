@@ -68,7 +68,9 @@ class Snapshot:
     scale: float
 
 
-def _draw_owned(table_ND: Tensor, owned_N: Tensor, config: MemoryConfig, generator: torch.Generator) -> None:
+def draw_owned(
+    table_ND: Tensor, owned_N: Tensor, config: MemoryConfig, generator: torch.Generator | None = None
+) -> None:
     """Fill a rank's rows with those of a whole table, drawn line by line of sub-keys: the whole may not fit here."""
     n, width = config.n_subkeys, table_ND.shape[1]
     # The generator makes 16 normal numbers at a time: longer lines of other lengths would come out differently.
@@ -126,7 +128,7 @@ class FastState:
             if self.owned is None:
                 table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
             else:
-                _draw_owned(table, self.owned, config, generator)
+                draw_owned(table, self.owned, config, generator)
             keys, table = keys.to(device), table.to(device)
         self.keys_H2nd, self.table_ND = keys, table
         self._log: UndoLog | None = None

@@ -16,6 +16,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def summed_over(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A weight that all ranks have, for use on this rank's part of the tokens; None: on all tokens.
+
+    Backward: the gradient is summed over the ranks, so that every rank has that of all tokens. Once for each use, in
+    autograd itself: whatever takes gradients of parameters finds them whole.
+    """
+    return weight if group is None else _SummedOver.apply(weight, group)  # type: ignore[no-any-return]
+
+
+class _SummedOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 class TokenParts:
     """Which rows of a [N, E] tensor belong to which rank of a group.
 

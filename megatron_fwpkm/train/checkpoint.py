@@ -205,7 +205,7 @@ class CheckpointStore:
 
     def _estimated_bytes(self) -> int:
         """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
-        slow = sum(parameter.numel() for parameter in self._model.parameters()) * 16
+        slow = self._model.num_parameters().slow * 16
         fast = sum(state.num_bytes for _, state in self._model.fast_states())
         return slow + self._topology.replicas * fast + (1 << 20)
 

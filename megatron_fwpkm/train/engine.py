@@ -85,7 +85,7 @@ def _include_in_gradient_norm(optimizer: Any, tables: TrainedTables) -> None:
     def scaled_global_norm(norm_type: float = 2) -> torch.Tensor:
         return tables.join_norm(norm_of_others(norm_type))
 
-    if len(tables):
+    if tables.exist:
         optimizer.scaled_global_norm = scaled_global_norm
 
 

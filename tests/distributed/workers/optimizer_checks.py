@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError, UserError
-from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer
+from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.settings import ParallelConfig
 from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.optimizer import is_decayed, parameter_groups
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper, StepResult
-from megatron_fwpkm.train.tables import table_parameters
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
 
@@ -109,7 +108,7 @@ def build(precision: str, probability: float = 0.0) -> tuple[SmallModel, EngineB
     )
     model = SmallModel()
     with torch.no_grad():  # what differs between ranks before, the engine makes equal
-        table_parameters(model)["blocks.0.values"].add_(torch.distributed.get_rank())
+        slow_tables(model)["blocks.0.values"].values_ND.add_(torch.distributed.get_rank())
     return model, build_training(model, OPTIMIZER, training), training
 
 
@@ -127,8 +126,8 @@ def run(stepper: Stepper, steps: range, stop: bool = False) -> list[StepResult]:
 def digest(model: SmallModel, bundle: EngineBundle) -> str:
     """Of all weights, and of the tables' masters, moments, counts and clocks."""
     found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().float().numpy().tobytes())
+    for _, weight in named_slow_weights(model):
+        found.update(weight.detach().float().numpy().tobytes())
     for state in bundle.tables.state_dict().values():
         for value in state.values():
             found.update(value.numpy().tobytes() if isinstance(value, Tensor) else value.hex().encode())
@@ -147,7 +146,7 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
     start = everywhere(digest(model, bundle))
     reference = reference_run() if precision == "fp32" else None
     results = run(make_stepper(model, bundle, training, own_share(global_batches())), range(1, STEPS + 1))
-    tensors = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    tensors = {name: weight.detach().float() for name, weight in named_slow_weights(model)}
     for name, state in bundle.tables.state_dict().items():
         tensors |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     if torch.distributed.get_rank() == 0:
@@ -161,11 +160,11 @@ def check_train(precision: str, folder: Path) -> dict[str, Any]:
         "losses": [result.loss for result in results],
         "norms": [result.gradient_norm for result in results],
         "labels": [result.labels for result in results],
-        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "dtypes": sorted({str(weight.dtype) for _, weight in named_slow_weights(model)}),
         "master_dtypes": sorted({str(state["master_ND"].dtype) for state in bundle.tables.state_dict().values()}),
         "in_partitions": sum(group.numel() for group in engine.optimizer.bit16_groups_flat),
-        "others": sum(p.numel() for n, p in model.named_parameters() if n not in table_parameters(model)),
-        "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in table_parameters(model)),
+        "others": sum(parameter.numel() for parameter in model.parameters()),
+        "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in slow_tables(model)),
     }
     if reference is not None:
         losses, norms, weights = reference
@@ -182,7 +181,7 @@ def largest_error(found: list[float], expected: list[float]) -> float:
 def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
     """One process with the whole batch in plain torch: one mean over all labels, clip_grad_norm_ over everything."""
     model = SmallModel()
-    values = table_parameters(model)
+    values = {name: table.values_ND for name, table in slow_tables(model).items()}
     decay = OPTIMIZER.weight_decay
     optimizer = torch.optim.AdamW(parameter_groups(model, decay), betas=OPTIMIZER.betas, eps=OPTIMIZER.epsilon)
     tables = {}
@@ -201,7 +200,9 @@ def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
             rows = parameter.grad.coalesce().indices()[0]
             touched[name] = torch.zeros(len(parameter), dtype=torch.bool).index_fill_(0, rows, True)
             parameter.grad = parameter.grad.to_dense()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping)))
+        norms.append(
+            float(nn.utils.clip_grad_norm_([*model.parameters(), *values.values()], OPTIMIZER.gradient_clipping))
+        )
         losses.append(float(loss.detach()))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -212,7 +213,9 @@ def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
                 tables[name].update(parameter.grad, touched[name], 2 * rate)
                 parameter.copy_(tables[name].table_ND)
         model.zero_grad()
-    return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for parameter in values.values():
+            parameter.grad = None
+    return losses, norms, {name: weight.detach() for name, weight in named_slow_weights(model)}
 
 
 def check_guards(precision: str, folder: Path) -> dict[str, Any]:
@@ -227,7 +230,8 @@ def check_guards(precision: str, folder: Path) -> dict[str, Any]:
     before, second = digest(model, bundle), torch.distributed.get_rank() == 1
     skipped = []
     for name in ("blocks.1.values", "head.weight"):
-        handle = model.get_parameter(name).register_hook(lambda gradient: gradient * math.inf) if second else None
+        weight = dict(named_slow_weights(model))[name]
+        handle = weight.register_hook(lambda gradient: gradient * math.inf) if second else None
         skipped += run(stepper, range(2, 3))
         if handle is not None:
             handle.remove()
