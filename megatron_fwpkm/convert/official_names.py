@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import DecoderConfig, DeltaNetConfig
 
@@ -27,7 +28,7 @@ class OfficialWeightsError(UserError):
 
 @dataclass(frozen=True)
 class SlowName:
-    """A slow weight: `ours` is a parameter's name in the Decoder."""
+    """A slow weight: `ours` is its name in the Decoder."""
 
     official: str
     ours: str
@@ -177,7 +178,7 @@ def load_official(model: Decoder, weights: dict[str, Tensor]) -> None:
         raise OfficialWeightsError(
             f"the weights are not those of this configuration: missing {_some(missing)}, unknown {_some(unknown)}"
         )
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_slow_weights(model))
     for name in slow:
         _check_shape(name.official, weights[name.official], name.to_official(parameters[name.ours]))
     states = dict(model.fast_states())
@@ -194,7 +195,7 @@ def load_official(model: Decoder, weights: dict[str, Tensor]) -> None:
 
 def official_weights(model: Decoder) -> dict[str, Tensor]:
     """All slow weights and fast states of a model under official names; slow ones share storage where they can."""
-    parameters, states = dict(model.named_parameters()), dict(model.fast_states())
+    parameters, states = dict(named_slow_weights(model)), dict(model.fast_states())
     found = {name.official: name.to_official(parameters[name.ours].detach()) for name in slow_names(model.config)}
     for name in fast_names(model.config):
         state = states[name.block]
@@ -204,7 +205,7 @@ def official_weights(model: Decoder) -> dict[str, Tensor]:
 
 def official_gradients(model: Decoder) -> dict[str, Tensor]:
     """Gradients of the slow weights that have one, dense, under official names."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_slow_weights(model))
     found = {}
     for name in slow_names(model.config):
         gradient = parameters[name.ours].grad

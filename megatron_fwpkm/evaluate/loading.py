@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 
 from megatron_fwpkm.config import TrainConfig, load_train_config
 from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import Backend
 from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, compare_file
+from megatron_fwpkm.train.tables import read_tables
 
 CHANGEABLE = ("evaluation.", "parallel.", "logging.", "data.corpus=", "data.directory=", "data.cache=")
 """What arguments of an evaluation may change; the rest describes what was trained. (Of a corpus the place alone: the
@@ -145,13 +146,13 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     # The manifest has vouched for the file; DeepSpeed keeps more than tensors in it.
     content: dict[str, Any] = torch.load(checkpoint / _WEIGHTS, map_location="cpu", weights_only=False, mmap=True)
     weights = {name: value for name, value in content["module"].items() if isinstance(value, torch.Tensor)}
-    tables = {path.stem: load_file(path)["table"] for path in (checkpoint / _TABLES).glob("*.safetensors")}
+    tables = read_tables(checkpoint / _TABLES)
     return {**weights, **{name: table.to(weights[_EMBEDDING].dtype) for name, table in tables.items()}}
 
 
 def _load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless every parameter has a weight and every weight a place."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    lost = sorted({name for name, _ in model.named_parameters()} & set(missing)) + sorted(unexpected)
+    """Raises ValueError unless every slow weight is given and every weight has a place."""
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    lost = sorted({name for name, _ in named_slow_weights(model)} - set(weights)) + sorted(unexpected)
     if lost:
         raise ValueError(f"weights that only one side has: {', '.join(lost[:3])}")

@@ -71,8 +71,12 @@ class Snapshot:
     scale: float
 
 
-def _draw_part(
-    table: Tensor, owned_N: Tensor | None, columns: slice, config: MemoryConfig, generator: torch.Generator
+def draw_part(
+    table: Tensor,
+    owned_N: Tensor | None,
+    columns: slice,
+    config: MemoryConfig,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Fill a rank's rows or columns with those of a whole table, drawn line by line: the whole may not fit here.
 
@@ -147,7 +151,7 @@ class FastState:
             if ranks == 1:
                 table.normal_(0, 1 / math.sqrt(config.v_dim), generator=generator)
             else:
-                _draw_part(table, self.owned, self.columns, config, generator)
+                draw_part(table, self.owned, self.columns, config, generator)
             keys, table = keys.to(device), table.to(device)
         self.keys_H2nd, self.table_ND = keys, table
         self._log: UndoLog | None = None

@@ -17,7 +17,7 @@ from torch import nn
 from megatron_fwpkm.accounting import ParameterCount, dense, total
 from megatron_fwpkm.data.batch import IGNORED_LABEL
 from megatron_fwpkm.memory import FastState, FwPKMLayer
-from megatron_fwpkm.memory.placement import ALONE
+from megatron_fwpkm.memory.column_layer import ColumnFwPKMLayer
 from megatron_fwpkm.model.attention import GatedAttention
 from megatron_fwpkm.model.block import Block
 from megatron_fwpkm.model.cache import DecoderCache
@@ -61,19 +61,25 @@ class Decoder(nn.Module):
                 self.head = backend.column_linear(config.hidden_size, vocab_size)
 
     def _build_block(self, index: int, seed: int, fast_dtype: torch.dtype) -> Block:
-        config, memory, placement = self.config, None, self._backend.placement
-        if index in config.memory_layers:
-            spread: dict[str, Any] = {} if placement == ALONE else {"placement": placement}
-            memory = FwPKMLayer(
-                config.hidden_size,
-                config.memory,
-                seed=layer_seed(seed, 1 + index, "fast state"),
-                linear=self._backend.share_linear,
-                norm=self._backend.share_norm,
-                dtype=fast_dtype,
-                **spread,
+        memory = self._build_memory(index, seed, fast_dtype) if index in self.config.memory_layers else None
+        return Block(self.config, index, self._backend, memory)
+
+    def _build_memory(self, index: int, seed: int, fast_dtype: torch.dtype) -> FwPKMLayer:
+        config, backend, placement = self.config, self._backend, self._backend.placement
+        fast_seed = layer_seed(seed, 1 + index, "fast state")
+        if placement.sharding == "columns" and placement.memory_ranks > 1:
+            return ColumnFwPKMLayer(
+                config.hidden_size, config.memory, placement, backend, seed=fast_seed, dtype=fast_dtype
             )
-        return Block(config, index, self._backend, memory)
+        return FwPKMLayer(
+            config.hidden_size,
+            config.memory,
+            seed=fast_seed,
+            linear=backend.share_linear,
+            norm=backend.share_norm,
+            dtype=fast_dtype,
+            placement=placement,
+        )
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from typing import Any
 from megatron_fwpkm.config import differing_keys
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.files import strict_json, sync_path, write_atomically
+from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
 from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, damage, describe_files
@@ -227,7 +228,8 @@ class CheckpointStore:
     def _estimated_bytes(self) -> int:
         """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
         # With ZeRO-3 a parameter is empty and knows its size.
-        numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self._model.parameters())
+        weights = [weight for _, weight in named_slow_weights(self._model)]
+        numbers = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
         slow = numbers * 16 * self._topology.world_size // self._topology.replicas
         fast = sum(state.num_bytes for _, state in self._model.fast_states())
         return slow + self._topology.world_size * fast + (1 << 20)

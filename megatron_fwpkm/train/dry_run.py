@@ -23,7 +23,8 @@ from megatron_fwpkm.config import TrainConfig, to_yaml
 from megatron_fwpkm.data.manifest import read_manifest
 from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
-from megatron_fwpkm.memory import MemoryConfig, PKMLayer
+from megatron_fwpkm.memory import MemoryConfig
+from megatron_fwpkm.memory.pkm_layer import slow_tables
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
 from megatron_fwpkm.parallel.topology import check_layout
@@ -111,7 +112,7 @@ def make_plan(config: TrainConfig) -> Plan:
     model = _fake_model(config)
     kinds = tuple(_layer_kinds(model, length))
     slow = sum(kind.slow for kind in kinds) // (tensor * config.parallel.pipeline)
-    tables = sum(layer.values.numel() for layer in model.modules() if isinstance(layer, PKMLayer))
+    tables = sum(table.values_ND.numel() for table in slow_tables(model).values())
     width = _BYTES[training.precision]
     tokens = training.micro_batch_size * length
     memories = [layer.config for _, layer in model.memory_layers()]

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_fwpkm.memory import FwPKMLayer, PKMLayer
+from megatron_fwpkm.memory import FwPKMLayer
 from megatron_fwpkm.parallel.groups import ParallelGroups
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,6 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         optimizer.weight_decay,
         whole=None if training.zero_stage else (optimizer.gradient_clipping, groups.get_model_parallel_group()),
     )
-    # Without ZeRO, DeepSpeed would sum dense gradients of the tables, and with stage 3 gather them whole for a use.
-    if training.zero_stage in (0, 3):
-        set_tables_apart(model, _DTYPES[training.precision])
     with redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -90,20 +85,11 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         rate_share=1.0 if own_rate is None else own_rate / optimizer.learning_rate,
         clipping=optimizer.gradient_clipping,
         group=groups.get_data_parallel_group(),
+        model_group=groups.get_model_parallel_group(),
     )
-    if len(tables):
+    if tables.exist:
         include_in_gradient_norm(engine.optimizer, tables.join_norm, groups)
     return EngineBundle(engine, tables)
-
-
-def set_tables_apart(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make the tables plain attributes of their layers, in the training dtype: no one finds them as parameters."""
-    for layer in model.modules():
-        if isinstance(layer, PKMLayer) and "values" in layer._parameters:
-            values = layer._parameters.pop("values")
-            assert values is not None
-            values.data = values.data.to(dtype)
-            object.__setattr__(layer, "values", values)
 
 
 def include_in_gradient_norm(optimizer: Any, join: Callable[[Tensor], Tensor], groups: ParallelGroups) -> None:

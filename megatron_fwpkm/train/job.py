@@ -150,7 +150,7 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
             ranks,
             bundle.engine,
             model,
-            {"slow_tables": bundle.tables} if len(bundle.tables) else {},
+            {"slow_tables": bundle.tables} if bundle.tables.exist else {},
         ),
         recorder=recorder,
         parameters=count,

@@ -10,8 +10,6 @@ import torch
 import torch.distributed
 from torch import nn
 
-from megatron_fwpkm.train.tables import table_parameters
-
 _NOT_DECAYED = ("bias", "ln", "norm")
 
 
@@ -26,12 +24,11 @@ def is_decayed(name: str) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups with and without weight decay of all parameters but the values of PKM layers (see train/tables.py)."""
-    tables = {id(values) for values in table_parameters(model).values()}
+    """Groups with and without weight decay of all parameters (values of PKM layers are none: train/tables.py)."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in tables:
+        if parameter.requires_grad:
             (decayed if is_decayed(name) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -60,7 +60,7 @@ class TouchedRows:
     """The optimizer of one table.
 
     Args:
-        values: the table [N, D], a parameter that no other optimizer has
+        values: the table [N, D], which no other optimizer has
         settings: constants of the update
 
     Decay is lazy. Every applied step moves one clock, the sum of the logarithms of all decay factors so far, and each

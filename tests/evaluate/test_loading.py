@@ -16,8 +16,11 @@ from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.held_out import HeldOutText
 from megatron_fwpkm.evaluate.loading import load_decoder, open_run, read_run_config
 from megatron_fwpkm.evaluate.measure import Measurement
+from megatron_fwpkm.memory.pkm_layer import slow_tables
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
+from megatron_fwpkm.train.tables import TrainedTables
+from megatron_fwpkm.train.touched_rows import RowSettings
 
 CONFIG = """
 model:
@@ -44,6 +47,7 @@ def write_run(folder: Path, seed: int = 7) -> Decoder:
     checkpoint = folder / "checkpoints" / "step_00000003"
     (checkpoint / "slow").mkdir(parents=True)
     torch.save({"module": model.state_dict()}, checkpoint / "slow" / "mp_rank_00_model_states.pt")
+    TrainedTables(model, RowSettings((0.9, 0.95), 1e-8, 0.0)).save(checkpoint / "slow_tables")
     for replica in range(2):
         target = checkpoint / "fast_state" / f"replica_{replica:05d}"
         target.mkdir(parents=True)
@@ -101,12 +105,11 @@ def test_trained_tables_beside_the_weights_are_used(tmp_path: Path) -> None:
     saved = write_run(tmp_path)
     checkpoint = tmp_path / "checkpoints" / "step_00000003"
     name = "blocks.0.mlp.values"
-    table = 3 * saved.get_parameter(name).detach()
-    (checkpoint / "slow_tables").mkdir()
+    table = 3 * slow_tables(saved)[name].values_ND.detach()
     save_file({"table": table, "clock": torch.zeros(1)}, checkpoint / "slow_tables" / f"{name}.safetensors")
     write_manifest(checkpoint)
     loaded = load_decoder(open_run(tmp_path, read_run_config(tmp_path, []), None), BACKEND, 0)
-    assert torch.equal(loaded.get_parameter(name), table)
+    assert torch.equal(slow_tables(loaded)[name].values_ND, table)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

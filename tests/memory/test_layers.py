@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from megatron_fwpkm.memory import FwPKMLayer, MemoryConfig, PKMConfig, PKMLayer
 from megatron_fwpkm.memory.fwpkm_layer import zscore
-from megatron_fwpkm.memory.pkm_layer import QUERY_NORM_EPSILON
+from megatron_fwpkm.memory.pkm_layer import QUERY_NORM_EPSILON, named_slow_weights, slow_tables
 
 CONFIG = MemoryConfig(n_subkeys=8, topk=3, k_dim=8, v_dim=5, chunk_size=4, heads=2)
 PKM = PKMConfig(heads=2, topk=3, n_subkeys=6, k_dim=8, v_dim=5)
@@ -86,7 +87,8 @@ def test_pkm_equals_dense_scoring(sparse: bool) -> None:
     cotangent = torch.randn(2, 4, 6, dtype=torch.float64)
     found, wanted = layer(x), dense_pkm(layer, x)
     torch.testing.assert_close(found, wanted)
-    leaves = [x, *layer.parameters()]
+    weights = dict(named_slow_weights(layer))
+    leaves = [x, *weights.values()]
     expected = torch.autograd.grad((wanted * cotangent).sum(), leaves)
     (found * cotangent).sum().backward()
     for leaf, gradient in zip(leaves, expected, strict=True):
@@ -95,7 +97,7 @@ def test_pkm_equals_dense_scoring(sparse: bool) -> None:
     assert layer.values.grad is not None and layer.values.grad.is_sparse == sparse
     if sparse:
         touched = layer.values.grad.coalesce().indices()[0]
-        dense = expected[[name for name, _ in layer.named_parameters()].index("values") + 1]
+        dense = expected[list(weights).index("values") + 1]
         assert touched.numel() < layer.values.shape[0]
         assert torch.equal(touched, dense.abs().sum(1).nonzero().view(-1))
 
@@ -108,6 +110,35 @@ def test_pkm_gradients_accumulate() -> None:
     once = layer.values.grad.to_dense().clone()
     layer(x).sum().backward()
     torch.testing.assert_close(layer.values.grad.to_dense(), 2 * once)
+
+
+def test_pkm_values_are_no_parameter_and_follow_the_module() -> None:
+    layer = PKMLayer(6, PKM)
+    values, drawn = layer.values, layer.values.detach().clone()
+    layer(torch.randn(2, 4, 6)).sum().backward()
+    names = {name for name, _ in layer.named_parameters()} | {name for name, _ in layer.named_buffers()}
+    assert "values" not in names | set(layer.state_dict()) and [*dict(named_slow_weights(layer))][-1] == "values"
+    nn.Sequential(layer).to(torch.bfloat16)
+    assert layer.values is values and torch.equal(values, drawn.bfloat16())
+    assert values.requires_grad and values.is_leaf
+    assert values.grad is not None and values.grad.is_sparse and values.grad.dtype == torch.bfloat16
+    layer(torch.randn(2, 4, 6, dtype=torch.bfloat16)).sum().backward()  # adds to it
+    assert list(slow_tables(nn.Sequential(layer))) == ["0.values"]
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.double()
+    layer.match_values()
+    assert layer.values is values and values.dtype == torch.float64
+
+
+def test_pkm_takes_whole_values_from_a_state_dict() -> None:
+    layer, other = nn.Sequential(PKMLayer(6, PKM)), nn.Sequential(PKMLayer(6, PKM))
+    weights = {name: weight.detach() for name, weight in named_slow_weights(other)}
+    layer.load_state_dict(weights)
+    loaded = dict(named_slow_weights(layer))
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    layer.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r"0\.values: the whole table has shape \(4, 5\), not \(36, 5\)"):
+        layer.load_state_dict(weights | {"0.values": torch.zeros(4, 5)})
 
 
 def test_accounting() -> None:

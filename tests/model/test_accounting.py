@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_fwpkm.accounting import ParameterCount, total
 from megatron_fwpkm.config import load_model_config
 from megatron_fwpkm.memory import PKMLayer
+from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.attention import GatedAttention
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.delta_net import GatedDeltaNet
@@ -33,7 +34,7 @@ CHANGES: list[dict] = [
 
 def real_count(model: Decoder) -> tuple[int, int]:
     fast = sum(t.numel() for _, state in model.fast_states() for t in (state.keys_H2nd, state.table_ND))
-    return sum(parameter.numel() for parameter in model.parameters()), fast
+    return sum(weight.numel() for _, weight in named_slow_weights(model)), fast
 
 
 @pytest.mark.parametrize("changes", CHANGES)

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from megatron_fwpkm.memory import FwPKMLayer, MemoryConfig
-from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer
+from megatron_fwpkm.memory import FwPKMLayer, MemoryConfig, PKMConfig, PKMLayer, RMSNorm
+from megatron_fwpkm.memory.pkm_layer import slow_tables
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import DecoderConfig
 from megatron_fwpkm.parallel.backend import TorchBackend
@@ -101,14 +101,15 @@ def test_every_parameter_of_real_modules_falls_where_its_kind_belongs() -> None:
     )
     pkm = PKMLayer(16, PKMConfig(heads=1, topk=2, n_subkeys=4, k_dim=8, v_dim=8))
     model = nn.ModuleList([Decoder(config, 32, TorchBackend(), seed=1), FwPKMLayer(16, memory), pkm])
+    assert is_decayed("2.values") and list(slow_tables(model)) == ["2.values"]
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            spared = name == "bias" or type(module).__name__ == "RMSNorm"
+            spared = name == "bias" or isinstance(module, RMSNorm)
             assert is_decayed(f"{path}.{name}") is not spared, f"{path}.{name}"
     decayed, kept = parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     grouped = [id(parameter) for group in (decayed, kept) for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter is not pkm.values)
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     optimizer = build_optimizer(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer
+from megatron_fwpkm.memory import MemoryConfig
+from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
+from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
 from megatron_fwpkm.profiling.traffic import RowTraffic
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed, parameter_groups
-from megatron_fwpkm.train.tables import TrainedTables, table_parameters
+from megatron_fwpkm.train.tables import TrainedTables, read_tables
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
 
@@ -35,8 +37,12 @@ class TwoMemories(nn.Module):
         return (x_BTE + self.layers(x_BTE)).square().mean()
 
 
-def first_values(model: TwoMemories) -> nn.Parameter:
-    return table_parameters(model)[NAMES[0]]
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: table.values_ND for name, table in slow_tables(model).items()}
+
+
+def first_values(model: TwoMemories) -> Tensor:
+    return values_of(model)[NAMES[0]]
 
 
 def make_tables(model: nn.Module, **options: float) -> TrainedTables:
@@ -62,11 +68,12 @@ def equal(one: list[Tensor | float], other: list[Tensor | float]) -> bool:
 
 def test_tables_are_found_and_kept_out_of_the_optimizer() -> None:
     model = TwoMemories()
-    assert list(table_parameters(model)) == NAMES
-    assert list(table_parameters(model.layers[0])) == ["values"]
+    assert list(slow_tables(model)) == NAMES
+    assert list(slow_tables(model.layers[0])) == ["values"]
     grouped = {id(parameter) for group in parameter_groups(model, 0.1) for parameter in group["params"]}
-    named = dict(model.named_parameters())
-    assert grouped == {id(parameter) for name, parameter in named.items() if name not in NAMES}
+    named = dict(named_slow_weights(model))
+    assert grouped == {id(weight) for name, weight in named.items() if name not in NAMES}
+    assert not any(name.endswith("values") for name in model.state_dict())
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.02])
@@ -76,7 +83,7 @@ def test_a_step_equals_dense_adamw_with_clipping_over_everything(clipping: float
     tables = make_tables(model, clipping=clipping)
     arguments = (1e-2, (0.9, 0.95), 1e-8, 0.1)
     optimizer, reference_optimizer = build_optimizer(model, *arguments), build_optimizer(twin, *arguments)
-    values = table_parameters(twin)
+    values = values_of(twin)
     references = {name: DenseReference(parameter.detach(), SETTINGS) for name, parameter in values.items()}
     for _ in range(4):
         batches = [torch.randn(2, 3, 12, dtype=torch.float64) for _ in range(2)]
@@ -84,7 +91,7 @@ def test_a_step_equals_dense_adamw_with_clipping_over_everything(clipping: float
         for batch in batches:
             model.loss(batch).backward()
             twin.loss(batch).backward()
-        others = [parameter.grad for name, parameter in model.named_parameters() if name not in NAMES]
+        others = [parameter.grad for parameter in model.parameters()]
         norm = tables.join_norm(torch.stack([grad.norm() for grad in others if grad is not None]).norm())
         touched = {}
         for name, parameter in values.items():
@@ -92,7 +99,7 @@ def test_a_step_equals_dense_adamw_with_clipping_over_everything(clipping: float
             rows = parameter.grad.coalesce().indices()[0]
             touched[name] = torch.zeros(len(parameter), dtype=torch.bool).index_fill_(0, rows, True)
             parameter.grad = parameter.grad.to_dense()
-        expected = nn.utils.clip_grad_norm_(twin.parameters(), clipping or math.inf)
+        expected = nn.utils.clip_grad_norm_([weight for _, weight in named_slow_weights(twin)], clipping or math.inf)
         torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0)
         if clipping:
             assert norm > 2 * clipping
@@ -109,8 +116,10 @@ def test_a_step_equals_dense_adamw_with_clipping_over_everything(clipping: float
                 references[name].update(parameter.grad, touched[name], 1e-2)
                 parameter.copy_(references[name].table_ND)
         twin.zero_grad()
+        for parameter in values.values():
+            parameter.grad = None
     assert len(set(tables[NAMES[0]].updates_N.tolist())) > 1  # some rows missed steps
-    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+    for (_, own), (_, other) in zip(named_slow_weights(model), named_slow_weights(twin), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
 
 
@@ -140,7 +149,6 @@ def test_dropped_steps_change_nothing_and_gradients_outside_steps_stay() -> None
         tables.apply(1e-2, 1.0)
     model.loss(batch).backward()  # outside a step a gradient is the caller's
     assert first_values(model).grad is not None
-    model.zero_grad()
     tables.begin_step()
     model.loss(batch * math.nan).backward()
     tables.begin_step()  # the step before was aborted
@@ -181,7 +189,7 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     train_step(model, tables, batches[:1])
     train_step(model, tables, batches[1:2])
     tables.save(tmp_path / "tables")
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in named_slow_weights(model)}
     train_step(model, tables, batches[2:3])
     train_step(model, tables, batches[3:])
 
@@ -189,7 +197,7 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     resumed = make_tables(again)
     resumed.load(tmp_path / "tables")
     for name in NAMES:
-        assert torch.equal(again.state_dict()[name], weights[name])
+        assert torch.equal(values_of(again)[name], weights[name])
         untouched = resumed[name].updates_N == 0
         assert 0 < int(untouched.sum()) < 256
     again.load_state_dict(weights)
@@ -209,6 +217,9 @@ def test_files_hold_moments_of_touched_rows_only(tmp_path: Path) -> None:
     tables = make_tables(model)
     train_step(model, tables, [torch.randn(1, 2, 12, dtype=torch.float64)])
     tables.save(tmp_path)
+    assert {n: t.tolist() for n, t in read_tables(tmp_path).items()} == {
+        n: t.tolist() for n, t in values_of(model).items()
+    }
     with safe_open(tmp_path / f"{NAMES[0]}.safetensors", framework="pt") as file:
         rows = file.get_tensor("rows")
         assert 0 < len(rows) <= 2 * 2 * 3
@@ -228,3 +239,27 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tables"):
         tables.load_state_dict({})
     assert equal(before, snapshot(tables))
+
+
+@pytest.mark.parametrize(("n_subkeys", "ranks"), [(6, 1), (6, 2), (7, 3), (8, 4)])
+def test_shards_are_parts_of_the_whole_of_the_same_seed(n_subkeys: int, ranks: int) -> None:
+    config = MemoryConfig(heads=2, topk=3, n_subkeys=n_subkeys, k_dim=8, v_dim=4, score_type="dot_product")
+
+    def draw(rank: int, of: int) -> tuple[SlowTable, float]:
+        torch.manual_seed(3)
+        table = SlowTable(config, rank, of)
+        table.draw()
+        return table, float(torch.rand(()))  # the generator stands where it stands for the whole
+
+    whole, after = draw(0, 1)
+    shards = [draw(rank, ranks) for rank in range(ranks)]
+    assert {number for _, number in shards} == {after}
+    tables = [table for table, _ in shards]
+    assert sum(table.num_slots for table in tables) == n_subkeys**2 == whole.num_slots
+    assert torch.equal(whole_table([table.values_ND.detach() for table in tables], n_subkeys), whole.values_ND)
+    for table in tables:
+        drawn = table.values_ND.detach().clone()
+        with torch.no_grad():
+            table.values_ND.fill_(9.0)
+        table.place(whole.values_ND.detach())
+        assert torch.equal(table.values_ND, drawn)

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError, UserError
-from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer
+from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.settings import ParallelConfig
 from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.optimizer import is_decayed, parameter_groups
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper, StepResult
-from megatron_fwpkm.train.tables import table_parameters
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
 
@@ -110,9 +109,8 @@ def build(precision: str, probability: float = 0.0, stage: int = 1) -> tuple[Sma
         zero_stage=stage,  # type: ignore[arg-type]
     )
     model = SmallModel()
-    if stage in (1, 2):
-        with torch.no_grad():  # what differs between ranks before, the engine makes equal
-            table_parameters(model)["blocks.0.values"].add_(torch.distributed.get_rank())
+    with torch.no_grad():  # what differs between ranks before, the engine makes equal
+        slow_tables(model)["blocks.0.values"].values_ND.add_(torch.distributed.get_rank())
     return model, build_training(model, OPTIMIZER, training), training
 
 
@@ -129,10 +127,10 @@ def run(stepper: Stepper, steps: range, stop: bool = False) -> list[StepResult]:
 
 
 def all_weights(model: SmallModel) -> dict[str, Tensor]:
-    """All weights in float32, those that ZeRO-3 divides gathered and the tables that some stages don't see included."""
+    """All weights in float32, those that ZeRO-3 divides gathered."""
     import deepspeed
 
-    parameters = {**dict(model.named_parameters()), **table_parameters(model)}
+    parameters = dict(named_slow_weights(model))
     divided = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
         return {name: parameters[name].detach().float().clone() for name in sorted(parameters)}
@@ -175,11 +173,11 @@ def check_train(precision: str, folder: Path, stage: int = 1) -> dict[str, Any]:
         "losses": [result.loss for result in results],
         "norms": [result.gradient_norm for result in results],
         "labels": [result.labels for result in results],
-        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "dtypes": sorted({str(weight.dtype) for _, weight in named_slow_weights(model)}),
         "master_dtypes": sorted({str(state["master_ND"].dtype) for state in bundle.tables.state_dict().values()}),
         "in_partitions": in_partitions(engine.optimizer) if stage in (1, 2) else None,
-        "others": sum(w.numel() for n, w in tensors.items() if "/" not in n and n not in table_parameters(model)),
-        "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in table_parameters(model)),
+        "others": sum(w.numel() for n, w in tensors.items() if "/" not in n and n not in slow_tables(model)),
+        "untouched": sum(int((bundle.tables[name].updates_N == 0).sum()) for name in slow_tables(model)),
     }
     if reference is not None:
         losses, norms, weights = reference
@@ -202,7 +200,7 @@ def largest_error(found: list[float], expected: list[float]) -> float:
 def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
     """One process with the whole batch in plain torch: one mean over all labels, clip_grad_norm_ over everything."""
     model = SmallModel()
-    values = table_parameters(model)
+    values = {name: table.values_ND for name, table in slow_tables(model).items()}
     decay = OPTIMIZER.weight_decay
     optimizer = torch.optim.AdamW(parameter_groups(model, decay), betas=OPTIMIZER.betas, eps=OPTIMIZER.epsilon)
     tables = {}
@@ -221,7 +219,9 @@ def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
             rows = parameter.grad.coalesce().indices()[0]
             touched[name] = torch.zeros(len(parameter), dtype=torch.bool).index_fill_(0, rows, True)
             parameter.grad = parameter.grad.to_dense()
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping)))
+        norms.append(
+            float(nn.utils.clip_grad_norm_([*model.parameters(), *values.values()], OPTIMIZER.gradient_clipping))
+        )
         losses.append(float(loss.detach()))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -232,7 +232,9 @@ def reference_run() -> tuple[list[float], list[float], dict[str, Tensor]]:
                 tables[name].update(parameter.grad, touched[name], 2 * rate)
                 parameter.copy_(tables[name].table_ND)
         model.zero_grad()
-    return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for parameter in values.values():
+            parameter.grad = None
+    return losses, norms, {name: weight.detach() for name, weight in named_slow_weights(model)}
 
 
 def check_guards(precision: str, folder: Path) -> dict[str, Any]:
@@ -247,7 +249,8 @@ def check_guards(precision: str, folder: Path) -> dict[str, Any]:
     before, second = digest(model, bundle), torch.distributed.get_rank() == 1
     skipped = []
     for name in ("blocks.1.values", "head.weight"):
-        handle = model.get_parameter(name).register_hook(lambda gradient: gradient * math.inf) if second else None
+        weight = dict(named_slow_weights(model))[name]
+        handle = weight.register_hook(lambda gradient: gradient * math.inf) if second else None
         skipped += run(stepper, range(2, 3))
         if handle is not None:
             handle.remove()
