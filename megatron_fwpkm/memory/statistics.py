@@ -91,6 +91,8 @@ class MemoryStatistics:
         if self._losses:
             losses = torch.cat(self._losses).double()
             parts["losses"] = torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
+            addressing = torch.stack(self._addressing_losses).double().mean()
+            parts["addressing"] = torch.stack([addressing, torch.ones_like(addressing)])  # a rank's replica's
         if self._gates:
             gates = torch.cat(self._gates).double()
             parts["gates"] = torch.stack([gates.sum(), gates.new_tensor(gates.numel())])
@@ -105,7 +107,8 @@ class MemoryStatistics:
         if "losses" in parts:
             total, count = parts["losses"]
             tensors["memory_loss"] = (total / count.clamp_min(1)).float()
-            tensors["addressing_loss"] = torch.stack(self._addressing_losses).mean()
+            total, count = parts["addressing"]
+            tensors["addressing_loss"] = (total / count).float()
         if "gates" in parts:
             total, count = parts["gates"]
             tensors["gate_mean"] = (total / count.clamp_min(1)).float()

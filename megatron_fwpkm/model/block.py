@@ -81,6 +81,6 @@ def _mixer(config: DecoderConfig, index: int, backend: Backend) -> GatedAttentio
 
 def _mlp(config: DecoderConfig, index: int, backend: Backend) -> SwigluMlp | PKMLayer:
     if index in config.pkm_layers:
-        # Whole on every rank: its values are read by slot, not by feature.
-        return PKMLayer(config.hidden_size, config.pkm)
+        # Divided by token and slot, not by feature.
+        return PKMLayer(config.hidden_size, config.pkm, linear=backend.share_linear, placement=backend.placement)
     return SwigluMlp(config.hidden_size, config.mlp_size, backend)
