@@ -193,6 +193,7 @@ def memory_activation_bytes(config: MemoryConfig, batch: int, length: int) -> in
         total += 64 * reads  # sub-key indices, ranks and scores; slot scores and weights; places of reads and slots
         total += slots * (28 + 4 * width * (2 if config.gradient_clip else 1))  # slots, counts, steps; rows
         total += memories * 4 * config.n_subkeys * heads_k * (2 if config.gradient_clip else 1)  # the chunk's sub-keys
+        total += memories * 8 * config.n_subkeys  # their mean use
     return total
 
 
