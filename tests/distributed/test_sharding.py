@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from megatron_fwpkm.profiling.traffic_benchmark import TrafficSettings, run_traffic_benchmark
 
 if TYPE_CHECKING:
     from .conftest import TinyJob
@@ -36,3 +40,17 @@ def test_what_is_sent_is_what_the_formulas_say(tiny_job: TinyJob) -> None:
     assert len(found["traffic"]) == 3 * 4
     assert {name: both for name, both in found["traffic"].items() if both[0] != both[1]} == {}
     assert {name: error for name, error in found["errors"].items() if not error < 1e-13} == {}
+
+
+def test_the_benchmark_measures_every_way(tmp_path: Path) -> None:
+    """Small, over 1 and 2 processes: all ways are there, and slots keep to their bound."""
+    settings = TrafficSettings(ranks=(1, 2), n=16, tokens=32, chunk=16, width=16, topk=2, repeats=1)
+    found = run_traffic_benchmark(settings, tmp_path / "traffic.json")
+    assert json.loads((tmp_path / "traffic.json").read_text())["rows"] == found["rows"]
+    rows = {(row["ranks"], row["kind"]): row for row in found["rows"]}
+    assert list(rows) == [(1, "whole"), *((2, kind) for kind in ("dynamic", "static", "columns", "rows"))]
+    vectors = settings.tokens * settings.width * 4  # one vector a token: there is one other rank
+    assert rows[2, "dynamic"]["sent_bytes"]["read"] <= rows[2, "static"]["sent_bytes"]["read"] == vectors
+    assert rows[2, "columns"]["sent_bytes"]["read"] == 0 and not sum(rows[1, "whole"]["sent_bytes"].values())
+    assert all(row["total_s"] >= row["lowest_s"] > 0 for row in found["rows"])
+    assert all(1 <= row[way] <= row["ranks"] for row in found["imbalance"] for way in ("sum_of_subkeys", "slot"))
