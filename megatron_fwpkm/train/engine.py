@@ -15,7 +15,7 @@ from megatron_fwpkm.memory import FwPKMLayer, PKMLayer
 from megatron_fwpkm.parallel.groups import ParallelGroups
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
-from megatron_fwpkm.train.tables import TrainedTables
+from megatron_fwpkm.train.tables import TrainedTables, table_parameters
 from megatron_fwpkm.train.touched_rows import RowSettings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,7 +69,7 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
     )
     # Without ZeRO, DeepSpeed would sum dense gradients of the tables, and with stage 3 gather them whole for a use.
     if training.zero_stage in (0, 3):
-        set_tables_apart(model, _DTYPES[training.precision])
+        set_tables_apart(model)
     with redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -80,6 +80,10 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         )
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         engine.communication_data_type = torch.float64  # comparisons; the configuration knows no such type
+    for values in table_parameters(model).values():
+        # float64 is for comparisons and stays.
+        dtype = values.dtype if values.dtype == torch.float64 else _DTYPES[training.precision]
+        values.data = values.data.to(engine.device, dtype)
     check_fast_state(model)
     # After the engine has cast the parameters and made them equal on all replicas: the tables keep copies.
     own_rate = optimizer.pkm_values_learning_rate
@@ -96,13 +100,12 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
     return EngineBundle(engine, tables)
 
 
-def set_tables_apart(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make the tables plain attributes of their layers, in the training dtype: no one finds them as parameters."""
+def set_tables_apart(model: nn.Module) -> None:
+    """Make the tables plain attributes of their layers, which no one finds as parameters, to cast or to move either."""
     for layer in model.modules():
         if isinstance(layer, PKMLayer) and "values" in layer._parameters:
             values = layer._parameters.pop("values")
             assert values is not None
-            values.data = values.data.to(dtype)
             object.__setattr__(layer, "values", values)
 
 
