@@ -217,32 +217,50 @@ class PKMLayer(nn.Module):
             raise ValueError(f"input has shape {tuple(x_BTE.shape)}; expected [batch, tokens, {self.hidden_size}]")
         if x_BTE.numel() == 0:
             return x_BTE.clone()
+<<<<<<< ours
         x_NE = x_BTE.flatten(0, 1)
         parts = self._divide(x_NE)
         if parts is not None:
             return parts.gather(self._read(parts.take(x_NE), parts.tokens)).view_as(x_BTE)
         return self._read(x_NE, len(x_NE) * self.table.ranks).view_as(x_BTE)
+=======
+        parts = self._divide(x_BTE)
+        if parts is None:
+            return self._read(x_BTE)
+        return parts.gather(self._read(parts.take(x_BTE.flatten(0, 1)))).view_as(x_BTE)
+>>>>>>> theirs
 
-    def _divide(self, x_NE: Tensor) -> TokenParts | None:
+    def _divide(self, x_BTE: Tensor) -> TokenParts | None:
         """Even contiguous parts of tokens that all ranks have; None where each has its own already."""
         if self._token_group is None or self.sequence_parallel:
             return None
-        if self._parts is None or self._parts.tokens != len(x_NE) or self._parts.own.device != x_NE.device:
-            tokens, ranks = len(x_NE), self.table.ranks
+        tokens, ranks = x_BTE.shape[0] * x_BTE.shape[1], self.table.ranks
+        if self._parts is None or self._parts.tokens != tokens or self._parts.own.device != x_BTE.device:
             shares = [torch.arange(tokens * rank // ranks, tokens * (rank + 1) // ranks) for rank in range(ranks)]
-            self._parts = TokenParts(shares, self._token_group, x_NE.device)
+            self._parts = TokenParts(shares, self._token_group, x_BTE.device)
         return self._parts
 
+<<<<<<< ours
     def _read(self, x_XE: Tensor, tokens: int) -> Tensor:
         """[X, E] to [X, E] of this rank's part of the tokens; `tokens` of all ranks."""
         query = self.query_norm(self.query_projection(x_XE)).unflatten(-1, (self.config.heads, self.config.k_dim))
+=======
+    def _read(self, x_XE: Tensor) -> Tensor:
+        """[X, E] or [B, T, E] to the same shape, of this rank's part of the tokens."""
+        query = (
+            self.query_norm(self.query_projection(x_XE))
+            .flatten(0, -2)
+            .unflatten(-1, (self.config.heads, self.config.k_dim))
+        )
+>>>>>>> theirs
         keys = summed_over(_wide(self.keys), self._token_group)
         dtype = torch.promote_types(query.dtype, keys.dtype)
         with torch.autocast(x_XE.device.type, enabled=False):
             read_XD = _ProductKeyValues.apply(
                 query.to(dtype), keys.to(dtype), self.values, self.config, self._memory_group, tokens
             )
-        return self.output_projection(read_XD.to(x_XE.dtype) * nn.functional.silu(self.gate_projection(x_XE)))
+        read = read_XD.view(*x_XE.shape[:-1], -1).to(x_XE.dtype)
+        return self.output_projection(read * nn.functional.silu(self.gate_projection(x_XE)))
 
     def num_parameters(self) -> ParameterCount:
         """All slow, the values of this rank's slots among them; of those a token takes the rows that it reads."""

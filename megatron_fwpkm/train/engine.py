@@ -75,6 +75,10 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         )
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         engine.communication_data_type = torch.float64  # comparisons; the configuration knows no such type
+    for values in table_parameters(model).values():
+        # float64 is for comparisons and stays.
+        dtype = values.dtype if values.dtype == torch.float64 else _DTYPES[training.precision]
+        values.data = values.data.to(engine.device, dtype)
     check_fast_state(model)
     # After the engine has cast the parameters and made them equal on all replicas: the tables keep copies.
     own_rate = optimizer.pkm_values_learning_rate

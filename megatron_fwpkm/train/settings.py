@@ -51,7 +51,7 @@ class TrainingConfig(Section):
     steps: int = Field(default=300, ge=1)
     """Optimizer steps in all."""
     micro_batch_size: int = Field(default=4, ge=1)
-    """Sequences per process and microbatch."""
+    """Sequences per replica and microbatch."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Microbatches per optimizer step."""
     sliding_probability: float = Field(default=0.0, ge=0.0, le=1.0)

@@ -86,7 +86,7 @@ def test_yaml_of_a_config_loads_to_the_same_config(tmp_path: Path) -> None:
         ("model.rope_scaling={factor: 2}", "model.rope_scaling.original_length"),
         ("optimizer.warmup_steps=100000", "warmup_steps"),
         ("evaluation.sequences=1", "evaluation.sequences"),
-        ("parallel.tensor=3", "model.key_value_heads (2) can't be divided over parallel.tensor (3) ranks"),
+        ("parallel.tensor=3", "model.key_value_heads (1) can't be divided over parallel.tensor (3) ranks"),
         ("training={zero_stage: 0, precision: bf16}", "zero_stage 0 keeps no float32 weights"),
         ("training.zero_stage=4", "training.zero_stage"),
         ("data.source=web", "data.source"),
@@ -165,4 +165,5 @@ def test_differing_keys_are_dotted() -> None:
 )
 def test_sizes_that_a_layout_does_not_divide_are_named(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words).replace(r"\.\*", ".*")):
-        load_train_config(NANO, ["parallel.tensor=2", "parallel.processes=4", *overrides])
+        heads = ["model.attention_heads=4", "model.key_value_heads=2"]
+        load_train_config(NANO, [*heads, "parallel.tensor=2", "parallel.processes=4", *overrides])

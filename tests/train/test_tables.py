@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_fwpkm.errors import UserError
@@ -211,8 +214,6 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_files_hold_moments_of_touched_rows_only(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
     model = TwoMemories(n_subkeys=16)
     tables = make_tables(model)
     train_step(model, tables, [torch.randn(1, 2, 12, dtype=torch.float64)])
@@ -263,3 +264,30 @@ def test_shards_are_parts_of_the_whole_of_the_same_seed(n_subkeys: int, ranks: i
             table.values_ND.fill_(9.0)
         table.place(whole.values_ND.detach())
         assert torch.equal(table.values_ND, drawn)
+
+
+def test_files_without_a_layout_are_those_of_one_rank(tmp_path: Path) -> None:
+    model = TwoMemories()
+    tables, other = make_tables(model), make_tables(TwoMemories())
+    train_step(model, tables, [torch.randn(1, 2, 12, dtype=torch.float64)])
+    tables.save(tmp_path)
+    for path in tmp_path.iterdir():
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        description = json.loads(metadata["description"])
+        for key in ("n_subkeys", "rank", "ranks"):
+            del description[key]
+        save_file(load_file(path), path, metadata | {"description": json.dumps(description | {"first_row": 0})})
+    other.load(tmp_path)
+    assert equal(snapshot(tables), snapshot(other))
+
+
+def test_files_of_another_number_of_ranks_are_refused(tmp_path: Path) -> None:
+    tables = make_tables(TwoMemories(n_subkeys=6))
+    tables.save(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".rank_00000_of_00002.safetensors")))
+    with pytest.raises(UserError, match=r"over 2 tensor-parallel ranks and this job has 1: start it with .*tensor=2"):
+        tables.load(tmp_path)
+    with pytest.raises(ValueError, match=r"has 1 files of the table layers\.0\.values, not those of 2 ranks"):
+        read_tables(tmp_path)
