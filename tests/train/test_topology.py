@@ -25,7 +25,11 @@ def test_wrong_number_of_processes_is_refused_before_any_rank_waits(monkeypatch:
 @pytest.mark.parametrize(
     ("layout", "processes", "message"),
     [
-        ({"tensor": 2, "pipeline": 2}, 6, r"6 processes .* parallel\.tensor=2 x parallel\.pipeline=2 = 4; start a multiple of 4"),
+        (
+            {"tensor": 2, "pipeline": 2},
+            6,
+            r"6 processes .* parallel\.tensor=2 x parallel\.pipeline=2 = 4; start a multiple of 4",
+        ),
         ({"tensor": 2, "memory": {"group": "tp_dp_3"}}, 8, r"4 replicas \(8 processes .* groups of 3.* multiple of 6"),
         ({"memory": {"group": "tp_dp_2", "replicas": "synced"}}, 4, r"all 4 replicas .* only 2; set .*tp_dp_4"),
     ],
