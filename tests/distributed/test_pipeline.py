@@ -56,9 +56,14 @@ def test_two_stages_equal_one_rank_and_guard_their_memories(tiny_job: TinyJob) -
 
 def test_two_stages_of_two_replicas_equal_one_rank(tiny_job: TinyJob) -> None:
     """Replicas have memories of their own; their slow gradients are averaged."""
-    found = tiny_job.worker(SCRIPT, "replicas", "replicas, float64", processes=4)
+    found = tiny_job.worker(SCRIPT, "replicas", "replicas, float64", "rank order", processes=4)
     check_equal(found["replicas"], 2e-5)
     check_equal(found["replicas, float64"], 1e-9)
+    # Of rank 0: crossed orders would train, and wrongly.
+    assert (
+        "[0, 1] in DeepSpeed's grid and [0, 2] in Megatron-Core: their rank orders differ"
+        in (found["rank order"]["refused"])
+    )
 
 
 def test_two_stages_of_two_tensor_parallel_ranks_equal_one_rank(tiny_job: TinyJob) -> None:

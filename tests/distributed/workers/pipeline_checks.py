@@ -416,11 +416,27 @@ def poison_gradient(stage: Stage) -> Callable[[], Any]:
     return weight.register_hook(lambda gradient: gradient * math.inf).remove  # type: ignore[no-untyped-call]
 
 
+def check_rank_order() -> dict[str, Any]:
+    """Four ranks, two stages: DeepSpeed's grid in our order is Megatron's, in its own default order it is refused."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
+
+    from megatron_fwpkm.model.pipeline import check_grid
+
+    topology.build_groups(ParallelConfig(pipeline=2, timeout_seconds=60))
+    check_grid(PipelineParallelGrid(ProcessTopology(["data", "pipe", "model"], [2, 2, 1])))
+    try:
+        check_grid(PipelineParallelGrid(ProcessTopology(["pipe", "data", "model"], [2, 2, 1])))
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
 GUARDED = Case(1, accumulation=3)
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     **{name: partial(compare, case) for name, case in CASES.items()},
     "measuring": lambda: check_measuring(GUARDED),
     "bad statistics": lambda: check_not_finite(GUARDED, poison_statistics),
+    "rank order": check_rank_order,
     "bad gradient": lambda: check_not_finite(GUARDED, poison_gradient),
 }
 
