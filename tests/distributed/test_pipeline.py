@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.conftest import TIMEOUT_SECONDS, wait_for
-
-if TYPE_CHECKING:
-    from .conftest import TinyJob
+from tests.distributed.conftest import TIMEOUT_SECONDS, TinyJob
 
 pytestmark = pytest.mark.distributed
 SCRIPT = "pipeline_checks.py"
 FAULTY = str(Path(__file__).parent / "workers" / "faulty_job.py")
-STAGES = ("parallel.pipeline=2", "training.gradient_accumulation=3", "model.memory_layers=[0,1]")
+STAGES = ("parallel.pipeline=2", "training.gradient_accumulation=3", "model.memory_layers=[0,1]", "evaluation.every=3")
 NOT_FINITE = {"applied": [True, False, True], "unchanged": True, "changed_later": True, "good": True}
 
 
@@ -91,41 +89,44 @@ def same_checkpoint(one: Path, other: Path) -> bool:
     return all(torch.equal(value, twin[key]) for found, twin in pairs for key, value in found.items())
 
 
-def test_a_job_of_two_stages_is_that_of_one_rank_and_resumes_bitwise(tiny_job: TinyJob) -> None:
-    """Killed after step 4 of 6; also against one process, which trains and measures the same."""
-    output = tiny_job.train(*STAGES, "evaluation.every=3")
+@pytest.fixture(scope="module")
+def staged_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[TinyJob]:
+    """A job of two stages that was never interrupted."""
+    job = TinyJob(tmp_path_factory.mktemp("staged"), tiny_data)
+    output = job.train(*STAGES)
     assert "no prompts are continued at evaluations: the layers are divided into stages" in output
-    whole = numbers(tiny_job.records())
-    steps = [record for record in whole if "train/loss" in record]
-    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"memory/block_0/memory_loss", "memory/block_1/memory_loss"} <= steps[0].keys()
+    yield job
+    job.end()
 
-    one = f"run_directory={tiny_job.folder / 'one'}"
+
+def test_a_job_of_two_stages_trains_and_measures_as_one_process(tiny_job: TinyJob, staged_run: TinyJob) -> None:
+    """Three steps and a measurement; later on, rounding may move a read to another slot."""
     core = str(min(os.sched_getaffinity(0)))  # one process on several cores is slow where others use them, too
-    alone = ("parallel.pipeline=1", "parallel.processes=1", "training.stop_after_step=3", one)
-    process = tiny_job.start("taskset", "--cpu-list", core, *tiny_job.command(*STAGES, "evaluation.every=3", *alone))
+    alone = ("parallel.pipeline=1", "parallel.processes=1", "training.stop_after_step=3")
+    process = tiny_job.start("taskset", "--cpu-list", core, *tiny_job.command(*STAGES, *alone))
     printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, printed
-    twins = numbers(tiny_job.records("one"))
-    assert len(twins) == 4  # later on, rounding may move a read to another slot
-    for record, twin in zip(whole[:4], twins, strict=True):
-        assert record.keys() == twin.keys()
+    records = numbers(tiny_job.records())
+    assert [record["step"] for record in records] == [1, 2, 3, 3]
+    for record, staged in zip(records, numbers(staged_run.records()), strict=False):
+        assert record.keys() == staged.keys()
         for name in ("train/loss", "evaluation/loss", "memory/block_0/memory_loss", "memory/block_1/memory_loss"):
-            assert record.get(name, 0) == pytest.approx(twin.get(name, 0), rel=2e-5), name
+            assert staged.get(name, 0) == pytest.approx(record.get(name, 0), rel=2e-5), name
 
-    killed = f"run_directory={tiny_job.folder / 'killed'}"
-    process = tiny_job.start(*tiny_job.command(*STAGES, "evaluation.every=3", killed))
-    wait_for(lambda: len(tiny_job.records("killed")) >= 4, process, "step 3 and a measurement")
+
+def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_run: TinyJob) -> None:
+    process = tiny_job.start(*tiny_job.command(*STAGES))
+    tiny_job.wait_for_step(3, process)
     for rank in tiny_job.ranks(process).values():
         rank.kill()
     process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "resumed from" in tiny_job.train(*STAGES, "evaluation.every=3", killed)
-    assert {record["step"]: record for record in numbers(tiny_job.records("killed"))} == {
-        record["step"]: record for record in whole
-    }
-    last = Path("checkpoints", "step_00000006")
-    assert same_checkpoint(tiny_job.folder / "run" / last, tiny_job.folder / "killed" / last)
+    assert "resumed from" in tiny_job.train(*STAGES)
+    found = {(record["step"], len(record)): record for record in numbers(tiny_job.records())}
+    assert found == {(record["step"], len(record)): record for record in numbers(staged_run.records())}
+    assert [step for step, _ in sorted(found)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    last = Path("run", "checkpoints", "step_00000006")
+    assert same_checkpoint(staged_run.folder / last, tiny_job.folder / last)
 
 
 @pytest.mark.parametrize(
