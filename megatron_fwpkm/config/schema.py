@@ -74,6 +74,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_pipeline(self) -> TrainConfig:
+        stages = self.parallel.pipeline
+        if stages > self.model.layers:
+            raise ValueError(
+                f"parallel.pipeline ({stages}) must be at most model.layers ({self.model.layers}): a stage has at "
+                "least one block"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_across_sections(self) -> TrainConfig:
         try:
             build_schedule(self.optimizer, self.training.steps)

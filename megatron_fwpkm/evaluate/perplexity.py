@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack, Decoder
 from megatron_fwpkm.parallel.topology import sum_over_ranks
 
 Condition = Literal["memory", "reads_off", "reset_per_document"]
@@ -38,28 +39,43 @@ class BucketLosses:
     counts: list[list[int]]
 
 
-def held_out_loss(model: Decoder, batches: Sequence[TokenBatch], counted: bool = True) -> HeldOutLoss:
+LossSum = Callable[[Sequence[TokenBatch]], torch.Tensor]
+"""Reads batches one after the other; float64 [2]: their cross entropy in nats and number of counted labels."""
+
+
+def held_out_loss(
+    model: BlockStack, batches: Sequence[TokenBatch], counted: bool = True, loss_sum: LossSum | None = None
+) -> HeldOutLoss:
     """Measure this rank's batches twice, with memory reads on and off; all ranks call this together.
 
-    Of the ranks of one replica, which read the same batches together, one is `counted`.
+    Of the ranks of one replica, which read the same batches together, one is `counted`. `loss_sum` reads them where
+    `model`, a stage of a pipeline, is not a whole decoder.
 
     The memory is written while it reads, batch after batch, as in training, and both measurements start from the
     same fast state, which is as before afterwards.
     """
-    with_reads, tokens = _mean_loss(model, batches, "memory", counted)
-    without_reads, _ = _mean_loss(model, batches, "reads_off", counted)
+    read = loss_sum or partial(_loss_sum, cast(Decoder, model))
+    with_reads, tokens = _mean_loss(model, batches, "memory", counted, read)
+    without_reads, _ = _mean_loss(model, batches, "reads_off", counted, read)
     return HeldOutLoss(with_reads, without_reads, tokens)
 
 
-def _mean_loss(model: Decoder, batches: Sequence[TokenBatch], condition: Condition, counted: bool) -> tuple[float, int]:
+def _mean_loss(
+    model: BlockStack, batches: Sequence[TokenBatch], condition: Condition, counted: bool, read: LossSum
+) -> tuple[float, int]:
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
     with measuring(model, condition):
-        for batch in (batch.to(device) for batch in batches):
-            total[0] += batch_loss(model, batch).double().sum()
-            total[1] += (batch.labels_BT != IGNORED_LABEL).sum()
+        total = read([batch.to(device) for batch in batches])
     loss_sum, tokens = sum_over_ranks(total * counted).tolist()
     return loss_sum / tokens, int(tokens)
+
+
+def _loss_sum(model: Decoder, batches: Sequence[TokenBatch]) -> torch.Tensor:
+    total = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens_BT.device)
+    for batch in batches:
+        total[0] += batch_loss(model, batch).double().sum()
+        total[1] += (batch.labels_BT != IGNORED_LABEL).sum()
+    return total
 
 
 def bucket_edges(length: int, first: int = FIRST_BUCKET) -> list[int]:
@@ -113,7 +129,7 @@ def _with_documents(documents_BT: torch.Tensor) -> Any:
 
 
 @contextmanager
-def measuring(model: Decoder, condition: Condition) -> Iterator[None]:
+def measuring(model: BlockStack, condition: Condition) -> Iterator[None]:
     """Evaluation mode without gradients, fast states guarded, the memory as the condition says; restored at the end."""
     was_training = model.training
     layers: list[Any] = [layer for _, layer in model.memory_layers()]

@@ -217,18 +217,11 @@ class PKMLayer(nn.Module):
             raise ValueError(f"input has shape {tuple(x_BTE.shape)}; expected [batch, tokens, {self.hidden_size}]")
         if x_BTE.numel() == 0:
             return x_BTE.clone()
-<<<<<<< ours
-        x_NE = x_BTE.flatten(0, 1)
-        parts = self._divide(x_NE)
-        if parts is not None:
-            return parts.gather(self._read(parts.take(x_NE), parts.tokens)).view_as(x_BTE)
-        return self._read(x_NE, len(x_NE) * self.table.ranks).view_as(x_BTE)
-=======
         parts = self._divide(x_BTE)
         if parts is None:
-            return self._read(x_BTE)
-        return parts.gather(self._read(parts.take(x_BTE.flatten(0, 1)))).view_as(x_BTE)
->>>>>>> theirs
+            return self._read(x_BTE, x_BTE.shape[0] * x_BTE.shape[1] * self.table.ranks)
+        own_XE = parts.take(x_BTE.flatten(0, 1))
+        return parts.gather(self._read(own_XE, parts.tokens)).view_as(x_BTE)
 
     def _divide(self, x_BTE: Tensor) -> TokenParts | None:
         """Even contiguous parts of tokens that all ranks have; None where each has its own already."""
@@ -240,19 +233,13 @@ class PKMLayer(nn.Module):
             self._parts = TokenParts(shares, self._token_group, x_BTE.device)
         return self._parts
 
-<<<<<<< ours
     def _read(self, x_XE: Tensor, tokens: int) -> Tensor:
-        """[X, E] to [X, E] of this rank's part of the tokens; `tokens` of all ranks."""
-        query = self.query_norm(self.query_projection(x_XE)).unflatten(-1, (self.config.heads, self.config.k_dim))
-=======
-    def _read(self, x_XE: Tensor) -> Tensor:
-        """[X, E] or [B, T, E] to the same shape, of this rank's part of the tokens."""
+        """[X, E] or [B, T, E] to the same shape, of this rank's part of the `tokens` of all."""
         query = (
             self.query_norm(self.query_projection(x_XE))
             .flatten(0, -2)
             .unflatten(-1, (self.config.heads, self.config.k_dim))
         )
->>>>>>> theirs
         keys = summed_over(_wide(self.keys), self._token_group)
         dtype = torch.promote_types(query.dtype, keys.dtype)
         with torch.autocast(x_XE.device.type, enabled=False):

@@ -26,7 +26,101 @@ from megatron_fwpkm.model.settings import DecoderConfig, YarnConfig
 from megatron_fwpkm.parallel.backend import Backend
 
 
-class Decoder(nn.Module):
+class DecoderLayers:
+    """Builds the layers of a decoder, each under a seed of its own: the same whichever of them are built, and where."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocab_size: int,
+        backend: Backend,
+        seed: int,
+        fast_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._config, self._vocab_size, self._backend = config, vocab_size, backend
+        self._seed, self._fast_dtype = seed, fast_dtype
+
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        with _seeded(self._seed, 0):
+            return self._backend.embedding(self._vocab_size, self._config.hidden_size)
+
+    def block(self, index: int) -> Block:
+        """The block of an index, from 0."""
+        with _seeded(self._seed, 1 + index):
+            memory = self._memory(index) if index in self._config.memory_layers else None
+            return Block(self._config, index, self._backend, memory)
+
+    def _memory(self, index: int) -> FwPKMLayer:
+        config, backend, placement = self._config, self._backend, self._backend.placement
+        fast: Any = {"seed": layer_seed(self._seed, 1 + index, "fast state"), "dtype": self._fast_dtype}
+        if placement.sharding == "columns" and placement.memory_ranks > 1:
+            return ColumnFwPKMLayer(config.hidden_size, config.memory, placement, backend, **fast)
+        layers: Any = {"linear": backend.share_linear, "norm": backend.share_norm}
+        return FwPKMLayer(config.hidden_size, config.memory, placement=placement, **layers, **fast)
+
+    def norm(self) -> nn.Module:
+        """The norm before the head."""
+        return self._backend.norm(self._config.hidden_size)
+
+    def head(self) -> nn.Module:
+        """The output layer; with tied embeddings one without a weight, which is given the embedding's at the call."""
+        config = self._config
+        if config.tied_embeddings:
+            return self._backend.head(config.hidden_size, self._vocab_size)
+        with _seeded(self._seed, 1 + config.layers):
+            return self._backend.column_linear(config.hidden_size, self._vocab_size)
+
+
+class BlockStack(nn.Module):
+    """What training and measuring ask of a model's blocks: of all of them, or of those of this rank's stage."""
+
+    config: DecoderConfig
+    vocab_size: int
+    _limit_full_attention = False
+
+    def indexed_blocks(self) -> Iterator[tuple[int, Block]]:
+        """(index in the whole model, block) of every block here, in order."""
+        raise NotImplementedError
+
+    @property
+    def limit_full_attention(self) -> bool:
+        """Whether full-attention layers use the sliding window for now (pSWA); may be set at any time."""
+        return self._limit_full_attention
+
+    @limit_full_attention.setter
+    def limit_full_attention(self, limited: bool) -> None:
+        self._limit_full_attention = limited
+        for _, block in self.indexed_blocks():
+            if isinstance(block.mixer, GatedAttention):
+                block.mixer.limited = limited
+
+    def recompute_sublayers(self, recompute: bool) -> None:
+        """Whether the blocks' mixers and MLPs compute again in the backward pass instead of keeping what they need."""
+        for _, block in self.indexed_blocks():
+            block.recompute = recompute
+
+    def memory_layers(self) -> Iterator[tuple[int, FwPKMLayer]]:
+        """(index of the block, memory layer) of every block that has one, in order."""
+        for index, block in self.indexed_blocks():
+            if block.memory is not None:
+                yield index, block.memory
+
+    def fast_states(self) -> Iterator[tuple[int, FastState]]:
+        """(index of the block, fast state) of every block that has a memory, in order."""
+        for index, layer in self.memory_layers():
+            yield index, layer.fast_state
+
+    def num_parameters(self) -> ParameterCount:
+        """Weights of this rank."""
+        raise NotImplementedError
+
+    def num_flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of forward and backward per token, of the whole model."""
+        raise NotImplementedError
+
+
+class Decoder(BlockStack):
     """Language model over token ids."""
 
     def __init__(
@@ -46,40 +140,17 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self._backend = backend
-        self._limit_full_attention = self._whole_sequences = False
-        with _seeded(seed, 0):
-            self.embedding = backend.embedding(vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList()
-        for index in range(config.layers):
-            with _seeded(seed, 1 + index):
-                self.blocks.append(self._build_block(index, seed, fast_dtype))
-        self.norm = backend.norm(config.hidden_size)
-        if config.tied_embeddings:
-            self.head = backend.head(config.hidden_size, vocab_size)
-        else:
-            with _seeded(seed, 1 + config.layers):
-                self.head = backend.column_linear(config.hidden_size, vocab_size)
+        self._whole_sequences = False
+        layers = DecoderLayers(config, vocab_size, backend, seed, fast_dtype)
+        self.embedding = layers.embedding()
+        self.blocks = nn.ModuleList(layers.block(index) for index in range(config.layers))
+        self.norm = layers.norm()
+        self.head = layers.head()
 
-    def _build_block(self, index: int, seed: int, fast_dtype: torch.dtype) -> Block:
-        memory = self._build_memory(index, seed, fast_dtype) if index in self.config.memory_layers else None
-        return Block(self.config, index, self._backend, memory)
-
-    def _build_memory(self, index: int, seed: int, fast_dtype: torch.dtype) -> FwPKMLayer:
-        config, backend, placement = self.config, self._backend, self._backend.placement
-        fast_seed = layer_seed(seed, 1 + index, "fast state")
-        if placement.sharding == "columns" and placement.memory_ranks > 1:
-            return ColumnFwPKMLayer(
-                config.hidden_size, config.memory, placement, backend, seed=fast_seed, dtype=fast_dtype
-            )
-        return FwPKMLayer(
-            config.hidden_size,
-            config.memory,
-            seed=fast_seed,
-            linear=backend.share_linear,
-            norm=backend.share_norm,
-            dtype=fast_dtype,
-            placement=placement,
-        )
+    def indexed_blocks(self) -> Iterator[tuple[int, Block]]:
+        """All blocks."""
+        for index, block in enumerate(self.blocks):
+            yield index, cast(Block, block)
 
     def forward(
         self,
@@ -97,10 +168,7 @@ class Decoder(nn.Module):
 
         The logits may be overwritten: Megatron's function computes in place.
         """
-        ignored_BT = labels_BT == IGNORED_LABEL
-        # Vocabulary-parallel ranks take a label outside their share for one of another rank: none may see -100.
-        loss_BT = self._backend.cross_entropy(logits_BTV, labels_BT.masked_fill(ignored_BT, 0))
-        return loss_BT.masked_fill(ignored_BT, 0)
+        return token_losses(self._backend, logits_BTV, labels_BT)
 
     def logits(
         self,
@@ -185,11 +253,6 @@ class Decoder(nn.Module):
     def rope_scaling(self, scaling: YarnConfig | None) -> None:
         self.config = dataclasses.replace(self.config, rope_scaling=scaling)
 
-    def recompute_sublayers(self, recompute: bool) -> None:
-        """Whether the blocks' mixers and MLPs compute again in the backward pass instead of keeping what they need."""
-        for block in self.blocks:
-            cast(Block, block).recompute = recompute
-
     @property
     def sequence_parallel(self) -> bool:
         """Whether tensor-parallel ranks divide the tokens between the split layers among them."""
@@ -214,30 +277,6 @@ class Decoder(nn.Module):
                 layer.sequence_parallel = True
             self._whole_sequences = was_whole
 
-    @property
-    def limit_full_attention(self) -> bool:
-        """Whether full-attention layers use the sliding window for now (pSWA); may be set at any time."""
-        return self._limit_full_attention
-
-    @limit_full_attention.setter
-    def limit_full_attention(self, limited: bool) -> None:
-        self._limit_full_attention = limited
-        for module in self.modules():
-            if isinstance(module, GatedAttention):
-                module.limited = limited
-
-    def memory_layers(self) -> Iterator[tuple[int, FwPKMLayer]]:
-        """(index of the block, memory layer) of every block that has one, in order."""
-        for index, block in enumerate(self.blocks):
-            memory = block.memory
-            if memory is not None:
-                yield index, cast(FwPKMLayer, memory)
-
-    def fast_states(self) -> Iterator[tuple[int, FastState]]:
-        """(index of the block, fast state) of every block that has a memory, in order."""
-        for index, layer in self.memory_layers():
-            yield index, layer.fast_state
-
     def num_parameters(self) -> ParameterCount:
         """Weights of this rank."""
         blocks = total(cast(Block, block).num_parameters() for block in self.blocks)
@@ -252,8 +291,29 @@ class Decoder(nn.Module):
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         """Floating-point operations of forward and backward per token, of the whole model."""
-        head = 6 * self.config.hidden_size * self.vocab_size
-        return head + sum(cast(Block, block).num_flops_per_token(sequence_length) for block in self.blocks)
+        return sum(self.flops_per_token_of_layers(sequence_length))
+
+    def flops_per_token_of_layers(self, sequence_length: int) -> list[int]:
+        """As num_flops_per_token(), of each block and then of the head; looking a token up counts as nothing."""
+        blocks = [block.num_flops_per_token(sequence_length) for _, block in self.indexed_blocks()]
+        return [*blocks, 6 * self.config.hidden_size * self.vocab_size]
+
+
+def memory_statistics(model: BlockStack) -> dict[str, torch.Tensor]:
+    """Statistics of the last forward pass of every memory layer, by tag: single numbers and histograms."""
+    return {
+        f"memory/block_{index}/{name}": value.detach().float()
+        for index, layer in model.memory_layers()
+        for name, value in sorted(layer.statistics().items())
+    }
+
+
+def token_losses(backend: Backend, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats per token, float32 or wider [B, T]; 0 where ignored. The logits may be overwritten."""
+    ignored_BT = labels_BT == IGNORED_LABEL
+    # Vocabulary-parallel ranks take a label outside their share for one of another rank: none may see -100.
+    loss_BT = backend.cross_entropy(logits_BTV, labels_BT.masked_fill(ignored_BT, 0))
+    return loss_BT.masked_fill(ignored_BT, 0)
 
 
 def layer_seed(seed: int, index: int, purpose: str = "weights") -> int:

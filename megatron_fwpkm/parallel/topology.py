@@ -50,8 +50,13 @@ class Topology:
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this is the first rank of its replica, whose batches and losses count for all of them."""
+        """Whether this is the first rank of its replica, whose batches count for all of them."""
         return self.tensor_rank == 0 and self.stage == 0
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this is the rank of its replica whose losses count: the first of the last stage, which has them."""
+        return self.tensor_rank == 0 and self.stage == self.stages - 1
 
     @property
     def is_leader(self) -> bool:

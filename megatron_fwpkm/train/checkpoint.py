@@ -30,7 +30,7 @@ from megatron_fwpkm.config import differing_keys
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.files import strict_json, sync_path, write_atomically
 from megatron_fwpkm.memory.pkm_layer import named_slow_weights
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
 from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, damage, describe_files
 from megatron_fwpkm.train.checkpoint_parts import CheckpointPart, FastStates, RandomGenerators, SlowWeights
@@ -83,7 +83,7 @@ class CheckpointStore:
         keep: int,
         topology: Topology,
         engine: Any,
-        model: Decoder,
+        model: BlockStack,
         parts: Mapping[str, CheckpointPart] | None = None,
     ) -> None:
         self._folder = folder

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology
 
 
@@ -49,7 +49,7 @@ class SlowWeights:
 class FastStates:
     """The memories of a model, one folder for each replica; of a memory over several ranks each writes its shard."""
 
-    def __init__(self, model: Decoder, topology: Topology) -> None:
+    def __init__(self, model: BlockStack, topology: Topology) -> None:
         self._states = list(model.fast_states())
         self._folder = f"replica_{topology.replica:05d}"
         place = topology.placement

@@ -44,6 +44,8 @@ def engine_settings(training: TrainingConfig, gradient_clipping: float) -> dict[
         # Sums over microbatches and replicas would lose bits of bf16 gradients.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # Parts of hidden states would be taken for wholes where tensor-parallel ranks have different tokens.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 30,
     }
 
@@ -71,14 +73,11 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
             optimizer=basic,
             config=engine_settings(training, optimizer.gradient_clipping),
             dist_init_required=False,
-            mpu=groups,
+            # A pipeline brings its own groups, made of the same ranks.
+            mpu=None if isinstance(model, deepspeed.PipelineModule) else groups,
         )
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         engine.communication_data_type = torch.float64  # comparisons; the configuration knows no such type
-    for values in table_parameters(model).values():
-        # float64 is for comparisons and stays.
-        dtype = values.dtype if values.dtype == torch.float64 else _DTYPES[training.precision]
-        values.data = values.data.to(engine.device, dtype)
     check_fast_state(model)
     # After the engine has cast the parameters and made them equal on all replicas: the tables keep copies.
     own_rate = optimizer.pkm_values_learning_rate

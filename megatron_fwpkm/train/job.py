@@ -7,7 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -16,7 +18,7 @@ from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch, use_as_temporary_folder
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack, Decoder
 from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.parallel.backend import megatron_backend
 from megatron_fwpkm.profiling.peak import Peak, device_peak
@@ -119,19 +121,14 @@ def _train_and_measure(job: Job, progress: Progress, stop: StopRequest, started:
 
 
 def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
-    model = Decoder(
-        config.model,
-        vocab_size=padded_vocabulary(data.vocab_size, config.parallel.tensor),
-        backend=megatron_backend(config.model.initial_std, config.model.norm_epsilon, ranks.placement),
-        seed=config.seed,
-    )
+    model = _build_model(config, ranks, padded_vocabulary(data.vocab_size, config.parallel.tensor))
     model.recompute_sublayers(config.training.activation_checkpointing == "sublayers")
     count = model.num_parameters()  # before ZeRO-3 takes the weights apart
     bundle = build_training(model, config.optimizer, config.training)
     recorder = Recorder(config, ranks.is_leader)
     prompts_BT = prompts_from(data.held_out, config.logging.samples, config.logging.sample_prompt_tokens)
     sampling = ranks.replica == 0 and not _no_samples_because(config, ranks)
-    if sampling and prompts_BT is not None and data.tokenizer is not None:
+    if sampling and prompts_BT is not None and data.tokenizer is not None and isinstance(model, Decoder):
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(data.tokenizer))
@@ -154,7 +151,26 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
         ),
         recorder=recorder,
         parameters=count,
+        **_ways_of_a_pipeline(ranks, bundle.engine),
     )
+
+
+def _build_model(config: TrainConfig, ranks: parallel.Topology, vocab_size: int) -> BlockStack:
+    backend = megatron_backend(config.model.initial_std, config.model.norm_epsilon, ranks.placement)
+    if ranks.stages == 1:
+        return Decoder(config.model, vocab_size, backend, config.seed)
+    from megatron_fwpkm.model.pipeline import PipelineDecoder
+
+    return PipelineDecoder(config.model, vocab_size, backend, config.seed, ranks, config.data.sequence_length)
+
+
+def _ways_of_a_pipeline(ranks: parallel.Topology, engine: Any) -> dict[str, Any]:
+    """What makes steps of stages and measures them; nothing for a whole model."""
+    if ranks.stages == 1:
+        return {}
+    from megatron_fwpkm.train.pipeline_step import PipelineStepper, pipeline_loss_sum
+
+    return {"stepper": PipelineStepper, "loss_sum": partial(pipeline_loss_sum, engine)}
 
 
 def _no_samples_because(config: TrainConfig, ranks: parallel.Topology) -> str:

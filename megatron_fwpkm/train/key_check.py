@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
 
 
@@ -18,7 +18,7 @@ def digest(tensor: Tensor) -> Tensor:
     return torch.stack([bits.sum(), (bits * factors).sum()])
 
 
-def check_keys(model: Decoder, topology: Topology) -> None:
+def check_keys(model: BlockStack, topology: Topology) -> None:
     """Compare the sub-keys of every memory over its ranks; all ranks call this together.
 
     Raises RankFailedError, on all ranks, that names the layer and the rank whose sub-keys differ from its first rank's.

@@ -12,8 +12,8 @@ from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.batch import Loader, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
-from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, held_out_loss
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, LossSum, held_out_loss
+from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
 from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.train.engine import EngineBundle
@@ -32,7 +32,7 @@ class Job:
     config: TrainConfig
     topology: Topology
     engine_bundle: EngineBundle
-    model: Decoder
+    model: BlockStack
     loader: Loader
     held_out: Sequence[TokenBatch]
     store: CheckpointStore
@@ -41,6 +41,10 @@ class Job:
     recorder: Recorder
     parameters: ParameterCount = field(default_factory=ParameterCount)
     """Weights of this rank's part of the model."""
+    stepper: type[Stepper] = Stepper
+    """What makes the steps."""
+    loss_sum: LossSum | None = None
+    """What reads held-out batches where the model is a stage of a pipeline."""
     peak_flops: float = float("nan")
     """FLOP/s of all processes' devices together, for MFU."""
 
@@ -81,7 +85,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
     """Train up to the configured step, or until some rank was asked to stop; saves at the end either way."""
     config = job.config
     schedule = build_schedule(config.optimizer, config.training.steps)
-    stepper = Stepper(
+    stepper = job.stepper(
         job.engine_bundle,
         job.model,
         job.loader,
@@ -120,7 +124,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
 def evaluate(job: Job, progress: Progress) -> HeldOutLoss:
     """Measure held-out loss with and without memory reads; record it, show it, continue some prompts."""
     started = time.perf_counter()
-    result = held_out_loss(job.model, job.held_out, counted=job.topology.leads_replica)
+    result = held_out_loss(job.model, job.held_out, job.topology.reports_loss, job.loss_sum)
     job.recorder.evaluation(progress.step, result, time.perf_counter() - started)
     return result
 

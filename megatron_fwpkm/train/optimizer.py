@@ -55,8 +55,9 @@ class WholeAdamW(torch.optim.AdamW):
     def scaled_global_norm(self, norm_type: float = 2) -> torch.Tensor:
         """L2 norm of all gradients of a model; what several of its ranks have alike counts once."""
         from deepspeed.runtime.utils import is_model_parallel_parameter
+        from megatron.core import parallel_state
 
-        leads = torch.distributed.get_rank(self._group) == 0
+        leads = parallel_state.get_tensor_model_parallel_rank() == 0
         counted = [
             parameter.grad
             for parameter in self._all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ import torch
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
-from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.decoder import BlockStack, memory_statistics
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, sum_over_ranks
 from megatron_fwpkm.train.engine import EngineBundle
 from megatron_fwpkm.train.optimizer import set_learning_rate
 from megatron_fwpkm.train.schedule import limits_attention
 from megatron_fwpkm.train.settings import TrainingConfig
+
+Part = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""A microbatch's part of the step's loss, and the statistics of its memories."""
 
 
 class Microbatches(Protocol):
@@ -86,7 +90,7 @@ class Stepper:
     def __init__(
         self,
         bundle: EngineBundle,
-        model: Decoder,
+        model: BlockStack,
         loader: Microbatches,
         *,
         training: TrainingConfig,
@@ -100,6 +104,7 @@ class Stepper:
         self._seed = seed
         self._topology = topology
         self._device: torch.device = bundle.engine.device
+        self._reports: dict[str, _Report] | None = None
 
     def run(self, step: int, learning_rate: float, stop_requested: Callable[[], bool]) -> StepResult:
         """Make step `step` (from 1). If loss, memory or gradients are not finite on any rank, no rank changes anything.
@@ -118,7 +123,7 @@ class Stepper:
             state.begin_step()
         self._model.limit_full_attention = limited
         try:
-            parts = [self._microbatch(batch, labels, times) for batch in batches]
+            parts = self._microbatches(batches, labels, times)
         finally:
             self._model.limit_full_attention = False
         applied, norm = bool(self._engine.was_step_applied()), self._engine.get_global_grad_norm()
@@ -177,9 +182,11 @@ class Stepper:
             )
         return batches, int(labels)
 
-    def _microbatch(
-        self, batch: TokenBatch, labels: int, times: StepTimes
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _microbatches(self, batches: list[TokenBatch], labels: int, times: StepTimes) -> list[Part]:
+        """Forward and backward of all microbatches, and the engine's update."""
+        return [self._microbatch(batch, labels, times) for batch in batches]
+
+    def _microbatch(self, batch: TokenBatch, labels: int, times: StepTimes) -> Part:
         """Forward and backward; the last one of a step updates. Returns its part of the step's loss, and statistics."""
         batch = batch.to(self._device)
         documents = {"documents_BT": batch.documents_BT, "positions_BT": batch.positions_BT}
@@ -200,28 +207,39 @@ class Stepper:
         return loss.detach(), memory
 
     def _share(
-        self, parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], norm: torch.Tensor, stop_requested: bool
+        self, parts: list[Part], norm: torch.Tensor, stop_requested: bool
     ) -> tuple[float, float, float, dict[str, list[float]]]:
         """Loss, gradient norm, ranks asked to stop and statistics, over all ranks, in one exchange and one reading."""
         losses, memories = zip(*parts, strict=True)
-        names = list(memories[0])
-        sizes = [memories[0][name].numel() for name in names]
-        means = torch.stack(
-            [torch.cat([norm.view(1), *(memory[name].flatten().double() for name in names)]) for memory in memories]
-        ).mean(0)
-        total = torch.stack(losses).double().sum() * self._topology.leads_replica
+        own = {
+            name: torch.stack([memory[name].flatten().double() for memory in memories]).mean(0) for name in memories[0]
+        }
+        if self._reports is None:
+            self._reports = _agree_on_reports({name: values.numel() for name, values in own.items()})
+        reports = [
+            own[name] / report.ranks if name in own else norm.new_zeros(report.size)
+            for name, report in self._reports.items()
+        ]
+        total = torch.stack(losses).double().sum() * self._topology.reports_loss
         stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=self._device)
-        shared = sum_over_ranks(torch.cat([total.view(1), stop, means / self._topology.world_size])).tolist()
-        loss, stops, gradient_norm, *numbers = shared
+        norm = norm.view(1) / self._topology.world_size
+        loss, stops, gradient_norm, *numbers = sum_over_ranks(torch.cat([total.view(1), stop, norm, *reports])).tolist()
         remaining = iter(numbers)
-        statistics = {name: list(islice(remaining, size)) for name, size in zip(names, sizes, strict=True)}
+        statistics = {name: list(islice(remaining, report.size)) for name, report in self._reports.items()}
         return loss, gradient_norm, stops, statistics
 
 
-def memory_statistics(model: Decoder) -> dict[str, torch.Tensor]:
-    """Statistics of the last forward pass of every memory layer, by tag: single numbers and histograms."""
-    return {
-        f"memory/block_{index}/{name}": value.detach().float()
-        for index, layer in model.memory_layers()
-        for name, value in sorted(layer.statistics().items())
-    }
+@dataclass(frozen=True)
+class _Report:
+    """A statistic: how many numbers it has, and how many ranks report it."""
+
+    size: int
+    ranks: int
+
+
+def _agree_on_reports(own: dict[str, int]) -> dict[str, _Report]:
+    """All ranks' statistics, in one order, from the sizes of each rank's: a stage of a pipeline has its own."""
+    sizes: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, own)
+    ranks = Counter(name for of_rank in sizes for name in of_rank)
+    return {name: _Report(size, ranks[name]) for of_rank in sizes for name, size in of_rank.items()}

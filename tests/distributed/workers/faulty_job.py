@@ -19,12 +19,18 @@ from megatron_fwpkm.train.launcher import report_user_error, start_processes
 from megatron_fwpkm.train.step import Stepper
 
 
-def break_step(fault: str) -> None:
+def break_step(fault: str, stages: int) -> None:
     """Rank 1 raises in its third step, or rank 0 never ends it."""
-    microbatch = Stepper._microbatch
+    owner: Any = Stepper
+    name = "_microbatch"
+    if stages > 1:
+        from megatron_fwpkm.model.pipeline import PipelineDecoder
+
+        owner, name = PipelineDecoder, "forward"
+    microbatch = getattr(owner, name)
     calls = []
 
-    def broken(self: Stepper, *arguments: Any) -> Any:
+    def broken(self: Any, *arguments: Any) -> Any:
         import torch.distributed
 
         calls.append(1)
@@ -34,7 +40,7 @@ def break_step(fault: str) -> None:
             time.sleep(600)
         return microbatch(self, *arguments)
 
-    Stepper._microbatch = broken  # type: ignore[method-assign, assignment]
+    setattr(owner, name, broken)
 
 
 def main() -> int:
@@ -49,7 +55,7 @@ def main() -> int:
     if fault == "no-estimate":  # as if another program filled the disk after it was looked at
         checkpoint.CheckpointStore._estimated_bytes = lambda self: 0  # type: ignore[method-assign]
     else:
-        break_step(fault)
+        break_step(fault, config.parallel.pipeline)
     if fault == "hang":
         peers.PeerWatch.__init__.__kwdefaults__ = {"grace_seconds": 2.0}
     try:

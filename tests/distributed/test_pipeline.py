@@ -1,0 +1,143 @@
+"""Models in pipeline stages: the same as one rank computes, and whole jobs of two stages."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.conftest import TIMEOUT_SECONDS, TinyJob
+
+pytestmark = pytest.mark.distributed
+SCRIPT = "pipeline_checks.py"
+FAULTY = str(Path(__file__).parent / "workers" / "faulty_job.py")
+STAGES = ("parallel.pipeline=2", "training.gradient_accumulation=3", "model.memory_layers=[0,1]", "evaluation.every=3")
+NOT_FINITE = {"applied": [True, False, True], "unchanged": True, "changed_later": True, "good": True}
+
+
+def check_equal(found: dict[str, Any], tolerance: float) -> None:
+    """Losses, norms, gradients, weights and fast states are those of one rank, and no slot was chosen by a hair."""
+    for kind in ("loss", "norm", "gradients", "weights", "states"):
+        assert found[kind] < tolerance, (kind, found)
+    assert found["margin"] > 1e-4
+    assert min(found["layers"]) > 20  # all stages have parameters
+
+
+def test_two_stages_equal_one_rank_and_guard_their_memories(tiny_job: TinyJob) -> None:
+    """One microbatch and four in flight, tied and not, AdamW and SGD; measuring; steps that are not finite."""
+    names = [
+        "one microbatch",
+        "four in flight",
+        "untied, SGD",
+        "float64",
+        "measuring",
+        "bad statistics",
+        "bad gradient",
+    ]
+    found = tiny_job.worker(SCRIPT, *names)
+    for name in names[:3]:
+        check_equal(found[name], 2e-5)
+    check_equal(found["float64"], 1e-9)
+    measured = found["measuring"]
+    assert measured.pop("error") < 2e-6
+    assert all(measured.values()) and len(measured) == 6
+    assert found["bad statistics"] == NOT_FINITE
+    assert found["bad gradient"] == NOT_FINITE
+
+
+def test_two_stages_of_two_replicas_equal_one_rank(tiny_job: TinyJob) -> None:
+    """Replicas have memories of their own; their slow gradients are averaged."""
+    found = tiny_job.worker(SCRIPT, "replicas", "replicas, float64", "rank order", processes=4)
+    check_equal(found["replicas"], 2e-5)
+    check_equal(found["replicas, float64"], 1e-9)
+    # Of rank 0: crossed orders would train, and wrongly.
+    assert (
+        "[0, 1] in DeepSpeed's grid and [0, 2] in Megatron-Core: their rank orders differ"
+        in (found["rank order"]["refused"])
+    )
+
+
+def test_two_stages_of_two_tensor_parallel_ranks_equal_one_rank(tiny_job: TinyJob) -> None:
+    found = tiny_job.worker(SCRIPT, "tensor", "tensor, sequence", "tensor, sequence, float64", processes=4)
+    check_equal(found["tensor"], 2e-5)
+    check_equal(found["tensor, sequence"], 2e-5)
+    check_equal(found["tensor, sequence, float64"], 1e-9)
+
+
+def numbers(records: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What must be the same in two runs, step by step and of measurements."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("speed/") and "seconds" not in name}
+        for record in records
+    ]
+
+
+def same_checkpoint(one: Path, other: Path) -> bool:
+    """Whether slow weights and fast states are the same bits."""
+    states = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    layers = sorted(path.relative_to(one) for path in one.glob("slow/layer_*.pt"))
+    assert len(states) == 2 and len(layers) == 4
+    pairs = [(load_file(one / name), load_file(other / name)) for name in states]
+    pairs += [(torch.load(one / name), torch.load(other / name)) for name in layers]
+    return all(torch.equal(value, twin[key]) for found, twin in pairs for key, value in found.items())
+
+
+@pytest.fixture(scope="module")
+def staged_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[TinyJob]:
+    """A job of two stages that was never interrupted."""
+    job = TinyJob(tmp_path_factory.mktemp("staged"), tiny_data)
+    output = job.train(*STAGES)
+    assert "no prompts are continued at evaluations: the layers are divided into stages" in output
+    yield job
+    job.end()
+
+
+def test_a_job_of_two_stages_trains_and_measures_as_one_process(tiny_job: TinyJob, staged_run: TinyJob) -> None:
+    """Three steps and a measurement; later on, rounding may move a read to another slot."""
+    core = str(min(os.sched_getaffinity(0)))  # one process on several cores is slow where others use them, too
+    alone = ("parallel.pipeline=1", "parallel.processes=1", "training.stop_after_step=3")
+    process = tiny_job.start("taskset", "--cpu-list", core, *tiny_job.command(*STAGES, *alone))
+    printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 0, printed
+    records = numbers(tiny_job.records())
+    assert [record["step"] for record in records] == [1, 2, 3, 3]
+    for record, staged in zip(records, numbers(staged_run.records()), strict=False):
+        assert record.keys() == staged.keys()
+        for name in ("train/loss", "evaluation/loss", "memory/block_0/memory_loss", "memory/block_1/memory_loss"):
+            assert staged.get(name, 0) == pytest.approx(record.get(name, 0), rel=2e-5), name
+
+
+def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_run: TinyJob) -> None:
+    process = tiny_job.start(*tiny_job.command(*STAGES))
+    tiny_job.wait_for_step(3, process)
+    for rank in tiny_job.ranks(process).values():
+        rank.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "resumed from" in tiny_job.train(*STAGES)
+    found = {(record["step"], len(record)): record for record in numbers(tiny_job.records())}
+    assert found == {(record["step"], len(record)): record for record in numbers(staged_run.records())}
+    assert [step for step, _ in sorted(found)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    last = Path("run", "checkpoints", "step_00000006")
+    assert same_checkpoint(staged_run.folder / last, tiny_job.folder / last)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("raise", "rank 1 failed: ValueError: built-in fault"), ("kill", "SIGKILL")]
+)
+def test_a_rank_that_fails_in_a_pipeline_ends_all(tiny_job: TinyJob, fault: str, words: str) -> None:
+    """A stage raises in its third step, or is killed: the others are in the middle of a schedule."""
+    process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), fault, *STAGES, "training.steps=100000")
+    if fault == "kill":
+        tiny_job.wait_for_step(2, process)
+        tiny_job.ranks(process)[1].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
