@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,10 +25,10 @@ from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, product_key
 from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.config import MemoryConfig, MemoryConfigError
+from megatron_fwpkm.memory.groups import make_memory_group
 from megatron_fwpkm.memory.norms import RMSNorm
 from megatron_fwpkm.memory.placement import ALONE, Placement
-from megatron_fwpkm.memory.routing import LOCAL, ChunkShape, MemoryGroup
-from megatron_fwpkm.memory.sharding import Owners, ProcessMemoryGroup
+from megatron_fwpkm.memory.routing import ChunkShape, MemoryGroup
 from megatron_fwpkm.memory.slow_table import SlowTable
 from megatron_fwpkm.memory.tokens import TokenParts, summed_over
 
@@ -246,7 +246,7 @@ class PKMLayer(nn.Module):
             read_XD = _ProductKeyValues.apply(
                 query.to(dtype), keys.to(dtype), self.values, self.config, self._memory_group, tokens
             )
-        read = read_XD.view(*x_XE.shape[:-1], -1).to(x_XE.dtype)
+        read = read_XD.view(*x_XE.shape[:-1], self.config.v_dim).to(x_XE.dtype)
         return self.output_projection(read * nn.functional.silu(self.gate_projection(x_XE)))
 
     def num_parameters(self) -> ParameterCount:
@@ -282,11 +282,8 @@ class PKMLayer(nn.Module):
 
 
 def _memory_group(config: MemoryConfig, placement: Placement) -> MemoryGroup:
-    """The ranks that the values are spread over, as routes go."""
-    if placement.tensor_group is None:
-        return LOCAL
-    owners = Owners(config.n_subkeys, placement.tensor_ranks)
-    return ProcessMemoryGroup(placement.tensor_group, owners, config.reads_per_token)
+    """The ranks that the values are spread over, as routes go: those of one replica, whole rows on each."""
+    return make_memory_group(replace(placement, memory_group=placement.tensor_group, sharding="slots"), config)
 
 
 def slow_tables(model: nn.Module) -> dict[str, SlowTable]:
