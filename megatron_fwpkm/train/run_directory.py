@@ -30,6 +30,7 @@ CHANGEABLE_ON_RESUME = (
     "run_directory",
     "training.stop_after_step",
     "training.max_skipped_steps",
+    "training.activation_checkpointing",
     "data.workers",
     "data.directory",
     "data.corpus",
