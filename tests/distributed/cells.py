@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +73,87 @@ class Cell:
             if value != field.default:
                 parts.append(f"{field.name}" if value is True else f"{field.name}={value}")
         return " ".join(part for part in parts if part)
+
+
+SMALLEST_MARGIN = 1e-4
+"""By which every slot is chosen in a cell."""
+LARGEST_ROUNDING = 5e-6
+"""Of one rank's float32 in any tensor."""
+SEEDS: dict[str, int] = {}
+"""Found by find_seeds.py."""
+
+
+def seed_key(cell: Cell) -> str:
+    """Names what is trained, whatever the layout."""
+    plain = dataclasses.replace(cell.without_layout(), seed=Cell.seed)
+    return plain.name.replace("TP1 PP1 ", "").replace(" ZeRO-1", "")
+
+
+def _product(**choices: Iterable[Any]) -> Iterator[Cell]:
+    for values in itertools.product(*choices.values()):
+        cell = Cell(**dict(zip(choices, values, strict=True)))
+        if cell.valid:
+            yield cell
+
+
+def all_cells(processes: Iterable[int] = (1, 2, 4)) -> list[Cell]:
+    """The whole matrix of so many processes, and beside it cells with one thing unusual each."""
+    cells: list[Cell] = []
+    for cell in _product(
+        tensor=(1, 2, 4),
+        sequence_parallel=(False, True),
+        pipeline=(1, 2),
+        replicas=(1, 2),
+        zero=(0, 1, 2, 3),
+        accumulation=(1, 2),
+        sharding=("slots", "columns"),
+        memory_replicas=("independent", "synced"),
+    ):
+        # Half of the cells with each optimizer, and half of those with slots with each routing.
+        number = cell.zero + cell.accumulation + cell.sequence_parallel + cell.pipeline
+        sgd = dataclasses.replace(cell, optimizer="sgd" if number % 2 else "adamw")
+        cell = sgd if sgd.valid else cell
+        static = dataclasses.replace(cell, routing="static" if (cell.accumulation + cell.zero // 2) % 2 else "dynamic")
+        cells.append(static if static.valid else cell)
+    layouts: list[dict[str, Any]] = [
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"tensor": 4, "sequence_parallel": True},
+        {"tensor": 2, "sequence_parallel": True, "sharding": "columns"},
+        {"pipeline": 2},
+        {"pipeline": 2, "tensor": 2, "sequence_parallel": True},
+        {"replicas": 2},
+        {"replicas": 2, "tensor": 2, "memory_replicas": "synced"},
+    ]
+    unusual: list[dict[str, Any]] = [
+        {"one_owner": True},
+        {"incidents": True},
+        {"tied": False},
+        {"reset": "per_sequence"},
+        {"reset": "per_step", "accumulation": 2},
+        {"recompute": True},
+        {"precision": "float64", "zero": 0, "accumulation": 2},
+    ]
+    cells += [Cell(**{**layout, **what}) for layout in layouts for what in unusual]
+    cells += [Cell(pipeline=2, accumulation=4, precision="float64", zero=0), Cell(pipeline=2, accumulation=4)]
+    cells.append(Cell(tensor=2, pipeline=2, replicas=2, sequence_parallel=True, accumulation=2))
+    assert all(cell.valid for cell in cells)
+    wanted = [cell for cell in cells if cell.processes in set(processes)]
+    return [dataclasses.replace(cell, seed=SEEDS.get(seed_key(cell), cell.seed)) for cell in wanted]
+
+
+def pairwise_cover(cells: list[Cell]) -> list[Cell]:
+    """Few of the cells, in which every pair of values of two fields that some cell has is had by one: greedily."""
+    names = [field.name for field in dataclasses.fields(Cell) if field.name != "seed"]
+
+    def pairs(cell: Cell) -> set[tuple[Any, ...]]:
+        values = [(name, getattr(cell, name)) for name in names]
+        return set(itertools.combinations(values, 2))
+
+    missing = set().union(*(pairs(cell) for cell in cells))
+    chosen: list[Cell] = []
+    while missing:
+        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
