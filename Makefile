@@ -21,7 +21,7 @@ TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
 UNIT_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2}
 DISTRIBUTED_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1}
 
-.PHONY: help setup doctor train recall test test-unit test-distributed lint format bench verify clean clean-all
+.PHONY: help setup doctor train recall test test-unit test-distributed matrix lint format bench verify clean clean-all
 
 help: ## List the targets and variables
 	@awk 'BEGIN { FS = ":.*## "; print "Usage: make TARGET [VARIABLE=value ...]\n\nTargets" } \
@@ -64,6 +64,9 @@ test-unit: setup ## Run the tests that need one process
 
 test-distributed: setup ## Run the tests that start several processes
 	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist $(ARGS) || [[ $$? == 5 ]] # 5: none selected
+
+matrix: setup ## Train in every layout and compare with one rank; writes docs/matrix.md
+	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m tests.distributed.run_matrix
 
 lint: setup ## Check style and types (ruff, mypy); all three always run
 	@status=0; \

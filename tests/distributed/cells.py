@@ -75,6 +75,9 @@ class Cell:
         return " ".join(part for part in parts if part)
 
 
+TOLERANCES = {"float32": 2e-5, "float64": 1e-9}
+"""Of every tensor, normwise."""
+KINDS = ("loss", "gradients", "weights", "states")
 SMALLEST_MARGIN = 1e-4
 """By which every slot is chosen in a cell."""
 LARGEST_ROUNDING = 5e-6
@@ -140,6 +143,19 @@ def all_cells(processes: Iterable[int] = (1, 2, 4)) -> list[Cell]:
     assert all(cell.valid for cell in cells)
     wanted = [cell for cell in cells if cell.processes in set(processes)]
     return [dataclasses.replace(cell, seed=SEEDS.get(seed_key(cell), cell.seed)) for cell in wanted]
+
+
+def complaints(cell: Cell, found: dict[str, Any]) -> list[str]:
+    """What is out of tolerance in what equivalence.py found for a cell."""
+    tolerance = TOLERANCES[cell.precision]
+    wrong = [
+        f"{cell.name}: {kind} {found[kind]:.1e} ({found['where'].get(kind, '')})"
+        for kind in KINDS
+        if not found[kind] < tolerance
+    ]
+    if cell.precision == "float32" and not found["margin"] > SMALLEST_MARGIN:
+        wrong.append(f"{cell.name}: a slot was chosen by {found['margin']:.1e} only")
+    return wrong
 
 
 def pairwise_cover(cells: list[Cell]) -> list[Cell]:

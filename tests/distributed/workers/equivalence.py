@@ -4,7 +4,7 @@ The yardstick has the same microbatches in the same order. Replicas that write o
 microbatches are theirs put together; independent ones are one process with a memory for each, whose slow gradients
 are added up. Slots are chosen by far: the smallest margin of a top-k is reported, and must be far above rounding.
 
-Run as a script: equivalence.py <configuration, unused> <cell as JSON>...
+Run as a script: equivalence.py <configuration, unused> <file of cells as JSON>
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,7 +39,7 @@ from megatron_fwpkm.train import engine
 from megatron_fwpkm.train.optimizer import parameter_groups
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper
-from tests.distributed.cells import Cell
+from tests.distributed.cells import KINDS, Cell
 
 VOCABULARY, LENGTH, ROWS, STEPS = 64, 12, 1, 5
 RATES = [2e-3, 3e-3, 1e-3, 2e-3, 1e-3]
@@ -309,8 +310,6 @@ class Trainer:
         held_out = list(itertools.islice(batches(other, self.ranks.replica), 2))
         self.model.eval()
         if self.cell.pipeline > 1:
-            from functools import partial
-
             from megatron_fwpkm.train.pipeline_step import pipeline_loss_sum
 
             held_out_loss(self.model, held_out, self.ranks.reports_loss, partial(pipeline_loss_sum, self.engine))
@@ -428,7 +427,7 @@ def compare(cell: Cell) -> dict[str, Any]:
 
 
 def main() -> None:
-    cells = [Cell(**json.loads(text)) for text in sys.argv[2:]]
+    cells = [Cell(**values) for values in json.loads(Path(sys.argv[2]).read_text())]
     topology.initialize(ParallelConfig(timeout_seconds=120))
     from deepspeed.accelerator import get_accelerator
 
@@ -441,7 +440,8 @@ def main() -> None:
             found[cell.name] = compare(cell)
             if dist.get_rank() == 0:
                 seconds = time.perf_counter() - started
-                print(f"{cell.name}: {found[cell.name]} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+                worst = " ".join(f"{kind} {found[cell.name][kind]:.0e}" for kind in KINDS)
+                print(f"{cell.name}: {worst} ({seconds:.1f} s)", file=sys.stderr, flush=True)
     leads = dist.get_rank() == 0
     topology.shut_down()
     if leads:
