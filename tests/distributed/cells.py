@@ -24,7 +24,9 @@ class Cell:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     precision: Literal["float32", "float64"] = "float32"
     tied: bool = True
-    reset: Literal["carry", "per_step", "per_sequence"] = "carry"
+    reset: Literal["carry", "per_step", "per_sequence", "per_document"] = "carry"
+    documents: bool = False
+    """Whether sequences hold several documents, which are kept apart."""
     one_owner: bool = False
     """Whether all queries choose the same slot."""
     incidents: bool = False
@@ -46,7 +48,7 @@ class Cell:
             or (self.pipeline > 1 and self.zero > 1)
             or (self.sharding == "columns" and (self.tensor == 1 or self.memory_replicas == "synced"))
             or (self.routing == "static" and (self.sharding == "columns" or self.memory_ranks == 1))
-            or (self.memory_replicas == "synced" and self.replicas == 1)
+            or (self.memory_replicas == "synced" and (self.replicas == 1 or self.reset == "per_document"))
             # ZeRO 1 to 3 keep float32 copies of the weights.
             or (self.precision == "float64" and self.zero > 0)
             # Without ZeRO it is our AdamW that clips.
@@ -162,11 +164,14 @@ def all_cells(processes: Iterable[int] = (1, 2, 4)) -> list[Cell]:
         {"incidents": True},
         {"tied": False},
         {"reset": "per_sequence"},
+        {"documents": True},
+        {"documents": True, "reset": "per_document"},
         {"reset": "per_step", "accumulation": 2},
         {"recompute": True},
         {"precision": "float64", "zero": 0, "accumulation": 2},
     ]
-    cells += [Cell(**{**layout, **what}) for layout in layouts for what in unusual]
+    both = [Cell(**{**layout, **what}) for layout in layouts for what in unusual]
+    cells += [cell for cell in both if cell.valid]
     cells += [Cell(pipeline=2, accumulation=4, precision="float64", zero=0), Cell(pipeline=2, accumulation=4)]
     cells.append(Cell(tensor=2, pipeline=2, replicas=2, sequence_parallel=True, accumulation=2))
     assert all(cell.valid for cell in cells)

@@ -22,29 +22,9 @@ STAGES = ("parallel.pipeline=2", "training.gradient_accumulation=3", "model.memo
 NOT_FINITE = {"applied": [True, False, True], "unchanged": True, "changed_later": True, "good": True}
 
 
-def check_equal(found: dict[str, Any], tolerance: float) -> None:
-    """Losses, norms, gradients, weights and fast states are those of one rank, and no slot was chosen by a hair."""
-    for kind in ("loss", "norm", "gradients", "weights", "states"):
-        assert found[kind] < tolerance, (kind, found)
-    assert found["margin"] > 1e-4
-    assert min(found["layers"]) > 20  # all stages have parameters
-
-
-def test_two_stages_equal_one_rank_and_guard_their_memories(tiny_job: TinyJob) -> None:
-    """One microbatch and four in flight, tied and not, AdamW and SGD; measuring; steps that are not finite."""
-    names = [
-        "one microbatch",
-        "four in flight",
-        "untied, SGD",
-        "float64",
-        "measuring",
-        "bad statistics",
-        "bad gradient",
-    ]
-    found = tiny_job.worker(SCRIPT, *names)
-    for name in names[:3]:
-        check_equal(found[name], 2e-5)
-    check_equal(found["float64"], 1e-9)
+def test_stages_start_and_measure_as_one_rank_and_guard_their_memories(tiny_job: TinyJob) -> None:
+    """Measuring changes nothing; a step with one bad microbatch on one stage changes nothing on any."""
+    found = tiny_job.worker(SCRIPT, "measuring", "bad statistics", "bad gradient")
     measured = found["measuring"]
     assert measured.pop("error") < 2e-6
     assert all(measured.values()) and len(measured) == 6
@@ -52,23 +32,13 @@ def test_two_stages_equal_one_rank_and_guard_their_memories(tiny_job: TinyJob) -
     assert found["bad gradient"] == NOT_FINITE
 
 
-def test_two_stages_of_two_replicas_equal_one_rank(tiny_job: TinyJob) -> None:
-    """Replicas have memories of their own; their slow gradients are averaged."""
-    found = tiny_job.worker(SCRIPT, "replicas", "replicas, float64", "rank order", processes=4)
-    check_equal(found["replicas"], 2e-5)
-    check_equal(found["replicas, float64"], 1e-9)
-    # Of rank 0: crossed orders would train, and wrongly.
+def test_crossed_rank_orders_are_refused(tiny_job: TinyJob) -> None:
+    """They would train, and wrongly. The message is that of rank 0."""
+    found = tiny_job.worker(SCRIPT, "rank order", processes=4)
     assert (
         "[0, 1] in DeepSpeed's grid and [0, 2] in Megatron-Core: their rank orders differ"
         in (found["rank order"]["refused"])
     )
-
-
-def test_two_stages_of_two_tensor_parallel_ranks_equal_one_rank(tiny_job: TinyJob) -> None:
-    found = tiny_job.worker(SCRIPT, "tensor", "tensor, sequence", "tensor, sequence, float64", processes=4)
-    check_equal(found["tensor"], 2e-5)
-    check_equal(found["tensor, sequence"], 2e-5)
-    check_equal(found["tensor, sequence, float64"], 1e-9)
 
 
 def numbers(records: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -37,6 +37,7 @@ from megatron_fwpkm.parallel.backend import TorchBackend, megatron_backend
 from megatron_fwpkm.parallel.settings import ParallelConfig
 from megatron_fwpkm.train import engine
 from megatron_fwpkm.train.optimizer import parameter_groups
+from megatron_fwpkm.train.schedule import limits_attention
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
 from megatron_fwpkm.train.step import Stepper
 from tests.distributed.cells import KINDS, Cell
@@ -44,6 +45,8 @@ from tests.distributed.cells import KINDS, Cell
 VOCABULARY, LENGTH, ROWS, STEPS = 64, 12, 1, 5
 RATES = [2e-3, 3e-3, 1e-3, 2e-3, 1e-3]
 BAD_STEP = 3
+SLIDING = 0.5
+"""Share of steps in which full attention is limited."""
 CONFIG = DecoderConfig(
     hidden_size=32,
     layers=3,
@@ -52,7 +55,7 @@ CONFIG = DecoderConfig(
     key_value_heads=4,
     head_dim=8,
     mlp_size=48,
-    window=8,
+    window=4,
     delta_net=DeltaNetConfig(key_heads=4, value_heads=4, key_head_dim=8, value_head_dim=6),
     # Chunks of 5 tokens in sequences of 12: neither divides evenly.
     memory=MemoryConfig(heads=1, topk=2, n_subkeys=5, k_dim=16, v_dim=16, chunk_size=5),
@@ -70,7 +73,11 @@ def batches(cell: Cell, replica: int) -> Iterator[TokenBatch]:
         tokens_BT = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
         labels_BT = tokens_BT[:, 1:].clone()
         labels_BT[torch.rand(labels_BT.shape, generator=generator) < 0.2 * (1 + replica)] = IGNORED_LABEL
-        yield TokenBatch(tokens_BT[:, :-1], labels_BT)
+        batch = TokenBatch(tokens_BT[:, :-1], labels_BT)
+        if cell.documents:
+            starts_BT = torch.rand(labels_BT.shape, generator=generator) < 0.2
+            batch = dataclasses.replace(batch, documents_BT=starts_BT.long().cumsum(1))
+        yield batch
 
 
 def prepare(model: BlockStack, cell: Cell, rank: int = 0, ranks: int = 1) -> None:
@@ -139,7 +146,12 @@ def margin_of(query_GXd: Tensor, keys_MH2nd: Tensor, config: MemoryConfig) -> fl
 
 
 def concatenated(parts: list[TokenBatch]) -> TokenBatch:
-    return TokenBatch(torch.cat([p.tokens_BT for p in parts]), torch.cat([p.labels_BT for p in parts]))
+    documents = [part.documents_BT for part in parts if part.documents_BT is not None]
+    return TokenBatch(
+        torch.cat([part.tokens_BT for part in parts]),
+        torch.cat([part.labels_BT for part in parts]),
+        torch.cat(documents) if documents else None,
+    )
 
 
 @lru_cache(maxsize=64)
@@ -181,11 +193,12 @@ def train_on_one_rank(cell: Cell, narrow_start: bool = False) -> Run:
         total = 0.0
         with mock.patch.object(addressing, "address", watched):
             for model, group in zip(models, groups, strict=True):
+                model.limit_full_attention = limits_attention(cell.seed, step, SLIDING)
                 for _, state in model.fast_states():
                     state.begin_step()
                 for parts in zip(*group, strict=True):
                     batch = concatenated(list(parts))
-                    loss = model(batch.tokens_BT, batch.labels_BT).sum() / labels
+                    loss = model(batch.tokens_BT, batch.labels_BT, batch.documents_BT).sum() / labels
                     loss.backward()
                     total += float(loss.detach())
                 for _, state in model.fast_states():
@@ -270,7 +283,12 @@ class Trainer:
         prepare(self.model, cell, self.ranks.tensor_rank, self.ranks.tensor_ranks)
         self.model.recompute_sublayers(cell.recompute)
         training = TrainingConfig.model_validate(
-            {"steps": STEPS, "micro_batch_size": ROWS, "gradient_accumulation": cell.accumulation}
+            {
+                "steps": STEPS,
+                "micro_batch_size": ROWS,
+                "gradient_accumulation": cell.accumulation,
+                "sliding_probability": SLIDING,
+            }
         )
         training = training.model_copy(update={"zero_stage": cell.zero})
         # Of the class that keeps norms and clipping without ZeRO there is one for AdamW alone.
