@@ -111,7 +111,7 @@ def main(
                 failed += _show(results, name, LAYER_COLUMNS, f"memory layer on {ranks} ranks", console)
             if models:
                 results = [replay_model_case(path, DTYPES[name]) for path in models]
-                failed += _show(results, name, MODEL_COLUMNS, "whole models on one rank", console)
+                failed += _show(results, name, MODEL_COLUMNS, "whole models", console)
     except GoldenCaseError as error:
         console.print(f"verify: {error}", style="bold red", markup=False)
         raise typer.Exit(2) from None
