@@ -35,10 +35,12 @@ def main(
         from megatron_fwpkm.terminal import print_line
         from megatron_fwpkm.train.job import check_run_directory, run_job
         from megatron_fwpkm.train.job_data import prepare_data
+        from megatron_fwpkm.train.layout import check_processes
 
         if started_by_launcher():
             run_job(settings)
             return
+        check_processes(settings, settings.parallel.processes)
         check_run_directory(settings)
         prepare_data(settings, report=print_line)
         status = start_processes(sys.argv, settings.parallel.processes, Path(settings.run_directory))

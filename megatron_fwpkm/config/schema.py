@@ -108,22 +108,36 @@ class TrainConfig(Section):
                     f"{name} ({size}) can't be divided over parallel.tensor ({ranks}) ranks; make it a multiple of "
                     f"{ranks}, or lower parallel.tensor"
                 )
-        memory_ranks = ranks * parallel.memory.group_replicas
-        if (
-            self.model.memory_layers
-            and parallel.memory.sharding == "slots"
-            and self.model.memory.n_subkeys < memory_ranks
-        ):
-            raise ValueError(
-                f"model.memory.n_subkeys ({self.model.memory.n_subkeys}) must be at least the number of ranks that a "
-                f"memory is spread over ({memory_ranks}); raise it, or spread memories over fewer"
-            )
+        check_memories(self, parallel.memory.group_replicas)
         if parallel.pipeline > 1 and self.training.zero_stage > 1:
             raise ValueError(
                 f"training.zero_stage {self.training.zero_stage} divides gradients, which pipeline stages add up over "
                 f"microbatches; with parallel.pipeline ({parallel.pipeline}) above 1 set training.zero_stage to 0 or 1"
             )
         return self
+
+
+def check_memories(config: TrainConfig, together: int) -> None:
+    """Raise ValueError, naming the numbers, unless memories can be spread over the ranks of `together` replicas."""
+    model, parallel = config.model, config.parallel
+    spread: dict[str, tuple[int, int]] = {}  # sub-keys and ranks
+    if model.memory_layers and parallel.memory.sharding == "slots":
+        spread["model.memory.n_subkeys"] = model.memory.n_subkeys, parallel.tensor * together
+    if model.pkm_layers:
+        spread["model.pkm.n_subkeys"] = model.pkm.n_subkeys, parallel.tensor
+    for name, (subkeys, ranks) in spread.items():
+        if subkeys < ranks:
+            raise ValueError(
+                f"{name} ({subkeys}) must be at least the number of ranks that a memory is spread over ({ranks}); "
+                "raise it, or spread memories over fewer"
+            )
+    if model.memory_layers and model.memory.reset == "per_document" and together > 1:
+        raise ValueError(
+            f"model.memory.reset per_document doesn't go with memories of {together} replicas together "
+            f"(parallel.memory.group={parallel.memory.group}, replicas={parallel.memory.replicas}): each replica has "
+            "other documents; set model.memory.reset to carry, per_step or per_sequence, or parallel.memory.group=tp "
+            "and parallel.memory.replicas=independent"
+        )
 
 
 def _split_sizes(config: TrainConfig) -> dict[str, int]:
@@ -139,7 +153,6 @@ def _split_sizes(config: TrainConfig) -> dict[str, int]:
         sizes["model.mlp_size"] = model.mlp_size
     if parallel.memory.sharding == "columns":
         sizes |= {"model.memory.v_dim": model.memory.v_dim} if model.memory_layers else {}
-        sizes |= {"model.pkm.v_dim": model.pkm.v_dim} if model.pkm_layers else {}
     if parallel.sequence_parallel:
         sizes["data.sequence_length"] = config.data.sequence_length
     return sizes

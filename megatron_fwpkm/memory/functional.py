@@ -22,6 +22,7 @@ from megatron_fwpkm.memory.fast_state import MemoryView
 from megatron_fwpkm.memory.inputs import Expected, check_inputs
 from megatron_fwpkm.memory.routing import LOCAL, MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
+from megatron_fwpkm.phase import PHASE
 
 __all__ = ["MemoryGradient", "MemoryTrace", "chunk_bounds", "fast_memory"]
 
@@ -119,7 +120,7 @@ class _FastMemory(torch.autograd.Function):
         if call.trace is not None and reads:
             _fill_trace(call.trace, traced, losses, addressing_losses, query.shape[0], call.config)
             call.trace.gate_BT = gate
-        ctx.call = call
+        ctx.call, ctx.place = call, PHASE.place
         if call.keep_graph:
             ctx.save_for_backward(query, target, gate, mask, output, *saved)
         return output
@@ -128,7 +129,7 @@ class _FastMemory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, target, gate, mask, output, *saved = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False), ctx.call.group.backward_pass():
+        with torch.autocast(query.device.type, enabled=False), ctx.call.group.backward_pass(), PHASE.at(ctx.place):
             gradients = CallBackward(ctx.call, query, target, gate, mask, output, saved).run(output_gradient)
         return (*gradients, None, None)
 

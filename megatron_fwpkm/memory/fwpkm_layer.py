@@ -24,6 +24,7 @@ from megatron_fwpkm.memory.chunk import ChunkSpan
 from megatron_fwpkm.memory.config import MemoryConfig, Reset
 from megatron_fwpkm.memory.division import TokenDivision
 from megatron_fwpkm.memory.documents import groups_of_documents
+from megatron_fwpkm.memory.exchange import RankGroup
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.functional import fast_memory
 from megatron_fwpkm.memory.groups import make_memory_group
@@ -32,6 +33,7 @@ from megatron_fwpkm.memory.placement import ALONE, Placement
 from megatron_fwpkm.memory.routing import MemoryGroup
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 from megatron_fwpkm.memory.tokens import added_over
+from megatron_fwpkm.memory.traffic import Traffic
 from megatron_fwpkm.memory.whole_state import WholeState
 
 ZSCORE_EPSILON = 1e-6
@@ -307,6 +309,13 @@ class FwPKMLayer(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of the last call (see `MemoryStatistics`); reading them does not synchronize."""
         return self._statistics.tensors()
+
+    def traffic(self) -> Traffic | None:
+        """What this rank sent for the memory since the last call; None where it is on one rank."""
+        shared, apart = (self._groups[kind] for kind in (False, True))
+        if isinstance(shared, RankGroup) and isinstance(apart, RankGroup):
+            return shared.traffic.take() + apart.traffic.take()
+        return None
 
     def num_parameters(self) -> ParameterCount:
         """Slow: projections and norms; fast: sub-keys and values, of which a token takes all sub-keys and its rows."""

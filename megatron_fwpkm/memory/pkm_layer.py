@@ -25,12 +25,15 @@ from fwpkm_kernels import SlotPlan, gather_dot, gather_weighted_sum, product_key
 from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.memory import addressing
 from megatron_fwpkm.memory.config import MemoryConfig, MemoryConfigError
+from megatron_fwpkm.memory.exchange import RankGroup
 from megatron_fwpkm.memory.groups import make_memory_group
 from megatron_fwpkm.memory.norms import RMSNorm
 from megatron_fwpkm.memory.placement import ALONE, Placement
 from megatron_fwpkm.memory.routing import ChunkShape, MemoryGroup
 from megatron_fwpkm.memory.slow_table import SlowTable
 from megatron_fwpkm.memory.tokens import TokenParts, summed_over
+from megatron_fwpkm.memory.traffic import Traffic
+from megatron_fwpkm.phase import PHASE
 
 QUERY_NORM_EPSILON = 1e-6
 
@@ -92,6 +95,7 @@ class _ProductKeyValues(torch.autograd.Function):
         shape = ChunkShape(1, tokens, 1)
         route = group.route(addressing.heads_last(top.slot, 1), addressing.heads_last(weight_HXK, 1), shape)
         ctx.config, ctx.top, ctx.route = config, top, route
+        ctx.group, ctx.place = group, PHASE.place
         ctx.save_for_backward(halves, keys, values, weight_HXK)
         plan = route.plan
         rows_UD = values.index_select(0, plan.slots_U).to(query.dtype)
@@ -100,6 +104,11 @@ class _ProductKeyValues(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_XD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with ctx.group.backward_pass(), PHASE.at(ctx.place):
+            return _ProductKeyValues._gradients(ctx, gradient_XD)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient_XD: Tensor) -> tuple[Tensor | None, ...]:
         config: PKMConfig = ctx.config
         settings = config.addressing
         top, route = ctx.top, ctx.route
@@ -248,6 +257,11 @@ class PKMLayer(nn.Module):
             )
         read = read_XD.view(*x_XE.shape[:-1], self.config.v_dim).to(x_XE.dtype)
         return self.output_projection(read * nn.functional.silu(self.gate_projection(x_XE)))
+
+    def traffic(self) -> Traffic | None:
+        """What this rank sent for the values since the last call; None where they are on one rank."""
+        group = self._memory_group
+        return group.traffic.take() if isinstance(group, RankGroup) else None
 
     def num_parameters(self) -> ParameterCount:
         """All slow, the values of this rank's slots among them; of those a token takes the rows that it reads."""

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Phase = Literal["plan", "read", "write", "keys"]
+PHASES = (*get_args(Phase), "backward")
+"""What is counted apart."""
 
 
 @dataclass
@@ -68,6 +70,18 @@ class Traffic:
     def distinct_ratio(self) -> float:
         """Distinct rows / reads, here."""
         return self.rows_here / max(self.reads_here, 1)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """The counts of both, of the same ranks."""
+        return Traffic(
+            self.ranks,
+            self.sent_bytes + other.sent_bytes,
+            self.messages + other.messages,
+            self.reads_here + other.reads_here,
+            self.reads_of_all + other.reads_of_all,
+            self.rows_here + other.rows_here,
+            self.chunks + other.chunks,
+        )
 
     def take(self) -> Traffic:
         """What was counted; counting starts anew."""

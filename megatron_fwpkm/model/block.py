@@ -21,6 +21,7 @@ from megatron_fwpkm.model.delta_net import GatedDeltaNet
 from megatron_fwpkm.model.mlp import SwigluMlp
 from megatron_fwpkm.model.settings import DecoderConfig
 from megatron_fwpkm.parallel.backend import Backend
+from megatron_fwpkm.phase import PHASE
 
 
 class Block(nn.Module):
@@ -31,6 +32,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, backend: Backend, memory: FwPKMLayer | None) -> None:
         super().__init__()
+        self._index = index
         self.memory = memory
         self.mixer_norm = backend.norm(config.hidden_size)
         self.mixer = _mixer(config, index, backend)
@@ -43,15 +45,19 @@ class Block(nn.Module):
     def forward(self, h_BTE: torch.Tensor, context: TokenContext, cache: LayerCache | None = None) -> torch.Tensor:
         """Residual stream in, residual stream out. With a cache the tokens continue its streams."""
         if self.memory is not None:
-            h_BTE = h_BTE + self.memory(
-                h_BTE, context.mask_BT, None if cache is None else cache.memory, context.documents_BT
-            )
+            with PHASE.at(f"memory of block {self._index}"):
+                h_BTE = h_BTE + self.memory(
+                    h_BTE, context.mask_BT, None if cache is None else cache.memory, context.documents_BT
+                )
         # A block's cache was made by its own mixer, which checks nothing about it.
         mixer_cache: Any = None if cache is None else cache.mixer
-        h_BTE = h_BTE + self._sublayer(lambda h: self.mixer(self.mixer_norm(h), context, mixer_cache), h_BTE)
+        with PHASE.at(f"mixer of block {self._index}"):
+            h_BTE = h_BTE + self._sublayer(lambda h: self.mixer(self.mixer_norm(h), context, mixer_cache), h_BTE)
         if isinstance(self.mlp, PKMLayer):
-            return h_BTE + self.mlp(self.mlp_norm(h_BTE))
-        return h_BTE + self._sublayer(lambda h: self.mlp(self.mlp_norm(h)), h_BTE)
+            with PHASE.at(f"product-key memory of block {self._index}"):
+                return h_BTE + self.mlp(self.mlp_norm(h_BTE))
+        with PHASE.at(f"MLP of block {self._index}"):
+            return h_BTE + self._sublayer(lambda h: self.mlp(self.mlp_norm(h)), h_BTE)
 
     def _sublayer(self, run: Callable[[torch.Tensor], torch.Tensor], h_BTE: torch.Tensor) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):

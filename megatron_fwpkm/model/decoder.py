@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_fwpkm.accounting import ParameterCount, dense, total
 from megatron_fwpkm.data.batch import IGNORED_LABEL
-from megatron_fwpkm.memory import FastState, FwPKMLayer
+from megatron_fwpkm.memory import FastState, FwPKMLayer, PKMLayer
 from megatron_fwpkm.memory.column_layer import ColumnFwPKMLayer
 from megatron_fwpkm.model.attention import GatedAttention
 from megatron_fwpkm.model.block import Block
@@ -105,6 +105,14 @@ class BlockStack(nn.Module):
         for index, block in self.indexed_blocks():
             if block.memory is not None:
                 yield index, block.memory
+
+    def spread_layers(self) -> Iterator[tuple[str, FwPKMLayer | PKMLayer]]:
+        """(tag of its metrics, layer) of every memory with fast or slow values, which may be spread over ranks."""
+        for index, block in self.indexed_blocks():
+            if block.memory is not None:
+                yield f"memory/block_{index}", block.memory
+            if isinstance(block.mlp, PKMLayer):
+                yield f"pkm/block_{index}", block.mlp
 
     def fast_states(self) -> Iterator[tuple[int, FastState]]:
         """(index of the block, fast state) of every block that has a memory, in order."""

@@ -20,6 +20,7 @@ from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
 from megatron_fwpkm.files import is_no_space
 from megatron_fwpkm.memory.placement import ALONE, Placement
 from megatron_fwpkm.parallel.settings import ParallelConfig
+from megatron_fwpkm.phase import PHASE
 
 RANK_ORDER = "tp-cp-ep-pp-dp"
 """Megatron's axis order that equals DeepSpeed's ["data", "pipe", "model"]: a replica's ranks are consecutive."""
@@ -228,13 +229,14 @@ def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
     result: Result | None = None
     failure: tuple[bool, str] | None = None
     cause: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        cause = error
-        failure = _describe_failure(error, what)
-    failures: list[tuple[bool, str] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
+    with PHASE.during(what):
+        try:
+            result = action()
+        except Exception as error:
+            cause = error
+            failure = _describe_failure(error, what)
+        failures: list[tuple[bool, str] | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failures, failure)
     for rank, found in enumerate(failures):
         if found is not None:
             by_user, message = found
@@ -265,4 +267,10 @@ def on_leader(action: Callable[[], Result], what: str) -> Result:
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all ranks, in place; the same bits on every rank."""
     torch.distributed.all_reduce(values)
+    return values
+
+
+def largest_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The largest of all ranks' numbers, each in its place, in place."""
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values

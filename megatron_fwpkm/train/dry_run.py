@@ -27,8 +27,8 @@ from megatron_fwpkm.memory import MemoryConfig
 from megatron_fwpkm.memory.pkm_layer import slow_tables
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
-from megatron_fwpkm.parallel.topology import check_layout
 from megatron_fwpkm.terminal import values_table
+from megatron_fwpkm.train.layout import check_processes
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this. Tensor-parallel sizes that divide it make the same model."""
@@ -104,7 +104,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """Account for a job. Raises UserError if the number of processes doesn't fit the layout."""
     processes = int(os.environ.get("WORLD_SIZE", config.parallel.processes))
     tensor = config.parallel.tensor
-    check_layout(config.parallel, processes)
+    check_processes(config, processes)
     replicas = processes // (tensor * config.parallel.pipeline)
     training, length, stage = config.training, config.data.sequence_length, config.training.zero_stage
     memory = config.parallel.memory

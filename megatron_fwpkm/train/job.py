@@ -30,6 +30,7 @@ from megatron_fwpkm.train.engine import build_training
 from megatron_fwpkm.train.environment import describe_environment
 from megatron_fwpkm.train.job_data import JobData, open_data
 from megatron_fwpkm.train.launcher import report_failure
+from megatron_fwpkm.train.layout import check_processes
 from megatron_fwpkm.train.logs import RankLog
 from megatron_fwpkm.train.loop import Job, Progress, evaluate, resume, train
 from megatron_fwpkm.train.peers import PeerWatch
@@ -63,6 +64,7 @@ def run_job(config: TrainConfig) -> None:
     """
     started = time.perf_counter()
     end_with_parent()
+    check_processes(config, int(os.environ["WORLD_SIZE"]))
     ranks = parallel.initialize(config.parallel)
     stop = StopRequest()  # not before: until here there is nothing to save, and a signal may end the process
     run_directory = Path(config.run_directory)

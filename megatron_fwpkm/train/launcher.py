@@ -18,7 +18,7 @@ from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_
 from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
-from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, Failure, describe_failure
+from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, GONE, Failure, describe_failure
 from megatron_fwpkm.train.stop import SAME_REQUEST_SECONDS, STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
@@ -117,7 +117,11 @@ def _describe_exits(scratch: Path, run_directory: Path, status: int) -> str:
     if told and not (killed and f"rank {first['rank']} " in told):
         return told
     how = f"was ended by {signal.Signals(-first['status']).name}" if first["status"] < 0 else "ended"
-    return describe_failure(Failure(first["rank"], f"{how} (status {first['status']})"), run_directory)
+    how += f" (status {first['status']})"
+    found = f"rank {first['rank']} {GONE}"
+    if found in told:
+        return told.replace(found, f"rank {first['rank']} {how}")
+    return describe_failure(Failure(first["rank"], how), run_directory)
 
 
 def _kill_tree(pid: int) -> None:

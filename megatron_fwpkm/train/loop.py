@@ -15,6 +15,7 @@ from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, LossSum, held_out_loss
 from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
+from megatron_fwpkm.phase import PHASE
 from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.train.engine import EngineBundle
 from megatron_fwpkm.train.key_check import check_keys
@@ -124,8 +125,9 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
 def evaluate(job: Job, progress: Progress) -> HeldOutLoss:
     """Measure held-out loss with and without memory reads; record it, show it, continue some prompts."""
     started = time.perf_counter()
-    result = held_out_loss(job.model, job.held_out, job.topology.reports_loss, job.loss_sum)
-    job.recorder.evaluation(progress.step, result, time.perf_counter() - started)
+    with PHASE.during(f"measuring held-out loss after step {progress.step}"):
+        result = held_out_loss(job.model, job.held_out, job.topology.reports_loss, job.loss_sum)
+        job.recorder.evaluation(progress.step, result, time.perf_counter() - started)
     return result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_fwpkm.files import strict_json, write_atomically
 
 _MEMORY = r"memory/block_\d+/"
+_SPREAD = r"(memory|pkm)/block_\d+/traffic/"
 _CHARTS = {
     "1 loss": {"training and held-out": ["train/loss", "evaluation/loss.*"], "gradient norm": ["train/gradient_norm"]},
     "2 speed": {"tokens/s": ["speed/tokens_per_second"], "parts of a step, s": ["speed/.*_seconds"]},
@@ -22,6 +23,12 @@ _CHARTS = {
         "coverage": [f"{_MEMORY}coverage"],
         "collisions": [f"{_MEMORY}collision_ratio"],
         "KL to uniform use": [f"{_MEMORY}kl_to_uniform"],
+    },
+    "4 exchange": {
+        "bytes sent for a token": [f"{_SPREAD}.*_bytes"],
+        "messages of a rank": [f"{_SPREAD}.*_messages"],
+        "imbalance of owners": [f"{_SPREAD}imbalance"],
+        "distinct rows / reads": [f"{_SPREAD}distinct_ratio"],
     },
 }
 """TensorBoard's page of chosen charts ("custom scalars"): all layers of one quantity in one chart."""

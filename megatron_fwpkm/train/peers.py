@@ -28,6 +28,7 @@ import torch.distributed
 
 from megatron_fwpkm.errors import RankFailedError, UserError
 from megatron_fwpkm.parallel.topology import Topology
+from megatron_fwpkm.phase import PHASE
 from megatron_fwpkm.train.logs import RankLog, rank_log_path
 
 GRACE_SECONDS = 20.0
@@ -47,12 +48,15 @@ class Failure:
 
     rank: int
     reason: str
+    noticed: str = ""
+    """Of a rank that left no reason: which rank noticed, and what it was doing, "rank 0 was ..."."""
 
 
 def describe_failure(failure: Failure, run_directory: Path) -> str:
     """The one message about a failed job."""
+    noticed = f", while {failure.noticed}" if failure.noticed else ""
     return (
-        f"rank {failure.rank} {failure.reason}; the others were stopped. See "
+        f"rank {failure.rank} {failure.reason}{noticed}; the others were stopped. See "
         f"{rank_log_path(run_directory, failure.rank)}. The same command goes on from the newest checkpoint"
     )
 
@@ -135,13 +139,13 @@ class PeerWatch:
         if isinstance(error, RankFailedError):  # all ranks have it, and it says whose it is
             other = Failure(error.rank, error.reason)
         else:
-            own = Failure(self._ranks.rank, f"failed: {type(error).__name__}: {error}")
+            own = Failure(self._ranks.rank, f"failed {PHASE}: {type(error).__name__}: {error}")
             other = self._find_other(_CAUSE_SECONDS) or self._post(own)
         if other.rank == self._ranks.rank:
             self._note("this rank failed", error)
             self._tell(other)
             return EXIT_FAILED
-        self._note(f"ended because rank {other.rank} {other.reason}", error)
+        self._note(f"ended because rank {other.rank} {other.reason}; this rank was {PHASE}", error)
         self._tell(other)
         return EXIT_BECAUSE_OF_ANOTHER
 
@@ -167,7 +171,7 @@ class PeerWatch:
             if other is not None:
                 if self._stopping.wait(self._grace_seconds):
                     return
-                self._note(f"ended because rank {other.rank} {other.reason}; this rank was still waiting")
+                self._note(f"ended because rank {other.rank} {other.reason}; this rank was still {PHASE}")
                 self._tell(other)
                 self._clean()
                 sys.stderr.flush()
@@ -186,7 +190,7 @@ class PeerWatch:
             left = deadline - time.monotonic()
             dead = self._wait_for_death(max(0.0, min(left, _POLL_SECONDS)))
             if dead is not None and not self._ask(lambda: self._store.check(["failure"]), False):
-                return self._post(Failure(dead, GONE))
+                return self._post(Failure(dead, GONE, f"rank {self._ranks.rank} was {PHASE}"))
             if left <= 0:
                 return None
 

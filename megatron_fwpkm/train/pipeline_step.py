@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe import schedule
 
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.model.pipeline import Message, PipelineDecoder, message_of
+from megatron_fwpkm.phase import PHASE
 from megatron_fwpkm.train.step import Part, Stepper, StepTimes
 
 _PARTS_OF_STEP = {
@@ -68,16 +69,16 @@ def _feed(batches: Sequence[TokenBatch]) -> Iterator[tuple[Message, torch.Tensor
 def _timed(engine: Any, times: StepTimes) -> Iterator[None]:
     """Within the context the engine's instructions are timed."""
 
-    def timed(action: Callable[..., None], part: str) -> Callable[..., None]:
+    def timed(action: Callable[..., None], part: str | None) -> Callable[..., None]:
         def run(*arguments: Any, **options: Any) -> None:
-            with times.measure(part):
+            waiting = f"exchanging with another stage in step {times.step}"
+            with times.measure(part) if part is not None else PHASE.during(waiting):
                 action(*arguments, **options)
 
         return run
 
     engine._INSTRUCTION_MAP = {
-        kind: timed(action, _PARTS_OF_STEP[kind]) if kind in _PARTS_OF_STEP else action
-        for kind, action in type(engine)._INSTRUCTION_MAP.items()
+        kind: timed(action, _PARTS_OF_STEP.get(kind)) for kind, action in type(engine)._INSTRUCTION_MAP.items()
     }
     try:
         yield

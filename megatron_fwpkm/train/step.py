@@ -16,14 +16,25 @@ import torch
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.model.decoder import BlockStack, memory_statistics
-from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, sum_over_ranks
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, largest_over_ranks, sum_over_ranks
+from megatron_fwpkm.phase import PHASE
 from megatron_fwpkm.train.engine import EngineBundle
+from megatron_fwpkm.train.exchange_metrics import traffic_statistics
 from megatron_fwpkm.train.optimizer import set_learning_rate
 from megatron_fwpkm.train.schedule import limits_attention
 from megatron_fwpkm.train.settings import TrainingConfig
 
 Part = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """A microbatch's part of the step's loss, and the statistics of its memories."""
+
+
+_WORDS = {
+    "data": "reading the data of",
+    "forward": "in the forward pass of",
+    "backward": "in the backward pass of",
+    "update": "in the update of",
+}
+"""The parts of a step whose time is measured."""
 
 
 class Microbatches(Protocol):
@@ -36,15 +47,15 @@ class Microbatches(Protocol):
 class StepTimes:
     """Seconds that this rank spent in the parts of one step."""
 
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
-    )
+    step: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_WORDS, 0.0))
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the time inside to one part."""
+        """Add the time inside to one part, which is this process's phase meanwhile."""
         started = time.perf_counter()
-        yield
+        with PHASE.during(f"{_WORDS[part]} step {self.step}"):
+            yield
         self.seconds[part] += time.perf_counter() - started
 
 
@@ -69,7 +80,7 @@ class StepResult:
     """Whether full attention was limited to the sliding window in this step."""
     stop_requested: bool
     memory: dict[str, float]
-    """"memory/block_<i>/<name>" -> value."""
+    """"memory/block_<i>/<name>" -> value, and of memories over several ranks what exchange_metrics.py tells."""
     histograms: dict[str, list[float]]
     """"memory/block_<i>/<name>" -> values, of statistics with more than one number."""
     times: StepTimes
@@ -105,6 +116,7 @@ class Stepper:
         self._topology = topology
         self._device: torch.device = bundle.engine.device
         self._reports: dict[str, _Report] | None = None
+        self._peaks: list[str] = []
 
     def run(self, step: int, learning_rate: float, stop_requested: Callable[[], bool]) -> StepResult:
         """Make step `step` (from 1). If loss, memory or gradients are not finite on any rank, no rank changes anything.
@@ -113,7 +125,11 @@ class Stepper:
         Raises SharedUserError when the global batch has no counted label or a rank could not read its share; nothing
         is changed then.
         """
-        times = StepTimes()
+        with PHASE.during(f"exchanging numbers in step {step}"):
+            return self._run(step, learning_rate, stop_requested)
+
+    def _run(self, step: int, learning_rate: float, stop_requested: Callable[[], bool]) -> StepResult:
+        times = StepTimes(step)
         batches, labels = self._read_batches(step, times)
         limited = limits_attention(self._seed, step, self._training.sliding_probability)
         set_learning_rate(self._engine.optimizer, learning_rate)
@@ -122,6 +138,7 @@ class Stepper:
         for state in states:
             state.begin_step()
         self._model.limit_full_attention = limited
+        traffic_statistics(self._model, 1)  # what was sent since the last step, for measurements, is not this one's
         try:
             parts = self._microbatches(batches, labels, times)
         finally:
@@ -138,12 +155,14 @@ class Stepper:
                 state.commit_step()
             else:
                 state.rollback_step()
-        loss, gradient_norm, stops, statistics = self._share(parts, norm, stop_requested())
+        tokens = sum(batch.tokens_BT.numel() for batch in batches)
+        traffic = traffic_statistics(self._model, tokens / self._topology.tensor_ranks)
+        loss, gradient_norm, stops, statistics = self._share(parts, traffic, norm, stop_requested())
         return StepResult(
             applied=applied,
             loss=loss,
             gradient_norm=gradient_norm,
-            tokens=sum(batch.tokens_BT.numel() for batch in batches) * self._topology.replicas,
+            tokens=tokens * self._topology.replicas,
             labels=labels,
             limited_attention=limited,
             stop_requested=stops > 0,
@@ -207,15 +226,25 @@ class Stepper:
         return loss.detach(), memory
 
     def _share(
-        self, parts: list[Part], norm: torch.Tensor, stop_requested: bool
+        self,
+        parts: list[Part],
+        traffic: tuple[dict[str, float], dict[str, float]],
+        norm: torch.Tensor,
+        stop_requested: bool,
     ) -> tuple[float, float, float, dict[str, list[float]]]:
-        """Loss, gradient norm, ranks asked to stop and statistics, over all ranks, in one exchange and one reading."""
+        """Loss, gradient norm, ranks asked to stop and statistics, over all ranks, in one reading.
+
+        Of the traffic some statistics are means over ranks like the others, and some the largest of all ranks.
+        """
         losses, memories = zip(*parts, strict=True)
         own = {
             name: torch.stack([memory[name].flatten().double() for memory in memories]).mean(0) for name in memories[0]
         }
+        means, peaks = traffic
+        own |= dict(zip(means, norm.new_tensor(list(means.values())).split(1), strict=True))
         if self._reports is None:
             self._reports = _agree_on_reports({name: values.numel() for name, values in own.items()})
+            self._peaks = list(_agree_on_reports(dict.fromkeys(peaks, 1)))
         reports = [
             own[name] / report.ranks if name in own else norm.new_zeros(report.size)
             for name, report in self._reports.items()
@@ -223,9 +252,14 @@ class Stepper:
         total = torch.stack(losses).double().sum() * self._topology.reports_loss
         stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=self._device)
         norm = norm.view(1) / self._topology.world_size
-        loss, stops, gradient_norm, *numbers = sum_over_ranks(torch.cat([total.view(1), stop, norm, *reports])).tolist()
+        shared = sum_over_ranks(torch.cat([total.view(1), stop, norm, *reports]))
+        if self._peaks:
+            own_peaks = norm.new_tensor([peaks.get(name, 0.0) for name in self._peaks])
+            shared = torch.cat([shared, largest_over_ranks(own_peaks)])
+        loss, stops, gradient_norm, *numbers = shared.tolist()
         remaining = iter(numbers)
         statistics = {name: list(islice(remaining, report.size)) for name, report in self._reports.items()}
+        statistics |= {name: [next(remaining)] for name in self._peaks}
         return loss, gradient_norm, stops, statistics
 
 

@@ -160,6 +160,11 @@ def test_differing_keys_are_dotted() -> None:
         (["parallel.sequence_parallel=true", "data.sequence_length=129"], "data.sequence_length (129)"),
         (["parallel.memory.sharding=columns", "model.memory.v_dim=129"], "model.memory.v_dim (129)"),
         (["parallel.memory.group=tp_dp_20", "model.memory.n_subkeys=32"], "n_subkeys (32) must be at least .* (40)"),
+        (["model.pkm_layers=[0]", "model.pkm.n_subkeys=1", "model.pkm.topk=1"], "model.pkm.n_subkeys (1) must be at"),
+        (
+            ["parallel.memory.group=tp_dp_2", "model.memory.reset=per_document", "data.documents=separate"],
+            "per_document doesn't go with memories of 2 replicas together (parallel.memory.group=tp_dp_2",
+        ),
         (["parallel.pipeline=2", "training.zero_stage=2"], "parallel.pipeline (2) above 1"),
     ],
 )

@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
 
+from megatron_fwpkm.config import load_train_config
 from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.settings import ParallelConfig
+from megatron_fwpkm.train.layout import check_processes
+
+NANO = Path(__file__).parents[2] / "configs" / "train" / "nano.yaml"
 
 
 def test_wrong_number_of_processes_is_refused_before_any_rank_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +45,27 @@ def test_layouts_that_do_not_fit_are_refused_with_their_numbers(
     with pytest.raises(SharedUserError, match=message):
         topology.check_layout(ParallelConfig.model_validate(layout), processes)
     topology.check_layout(ParallelConfig(tensor=2, pipeline=2), 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "message"),
+    [
+        (
+            ["model.memory.n_subkeys=32"],
+            66,
+            r"n_subkeys \(32\) must be at least .* \(66\); raise it.* \(66 processes\)",
+        ),
+        (["model.memory.reset=per_document"], 2, r"per_document doesn't go with memories of 2 replicas together"),
+        (["parallel.tensor=2"], 3, r"3 processes can't be divided"),
+    ],
+)
+def test_memories_of_all_replicas_are_checked_against_the_processes_that_there_are(
+    overrides: list[str], processes: int, message: str
+) -> None:
+    fixed = ["parallel.memory.replicas=synced", "parallel.processes=1", "data.documents=separate"]
+    config = load_train_config(NANO, [*fixed, "model.attention_heads=4", "model.key_value_heads=2", *overrides])
+    with pytest.raises(SharedUserError, match=message):
+        check_processes(config, processes)
 
 
 @pytest.fixture
