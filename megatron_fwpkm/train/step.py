@@ -241,7 +241,7 @@ class Stepper:
             name: torch.stack([memory[name].flatten().double() for memory in memories]).mean(0) for name in memories[0]
         }
         means, peaks = traffic
-        own |= dict(zip(means, norm.new_tensor(list(means.values())).split(1), strict=True))
+        own |= dict(zip(means, norm.new_tensor(list(means.values())).view(-1, 1), strict=True))
         if self._reports is None:
             self._reports = _agree_on_reports({name: values.numel() for name, values in own.items()})
             self._peaks = list(_agree_on_reports(dict.fromkeys(peaks, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import tempfile
@@ -39,7 +40,8 @@ def test_killed_rank_of_the_own_launcher_is_named_with_its_signal(tiny_job: Tiny
     assert time.monotonic() - killed < 60
     log = tiny_job.folder / "run" / "logs" / "rank_00001.log"
     assert process.returncode == 1
-    assert output.count("error: ") == 1 and "rank 1 was ended by SIGKILL (status -9); the others" in output, output
+    assert output.count("error: ") == 1 and "rank 1 was ended by SIGKILL (status -9), while" in output, output
+    assert re.search(r"while rank 0 was [^;]* step \d+( \(.*\))?; the others were stopped", output), output
     assert str(log) in output and "Traceback" not in output
     survivor = log.with_name("rank_00000.log").read_text()
     assert "ended because rank 1 is gone" in survivor and "Traceback" in survivor
@@ -60,7 +62,10 @@ def test_killed_first_rank_under_torchrun_is_named_by_a_survivor(tiny_job: TinyJ
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("raise", "rank 1 failed: ValueError: built-in fault"), ("hang", "rank 1 was ended by SIGKILL")],
+    [
+        ("raise", "rank 1 failed exchanging numbers in step 3: ValueError: built-in fault"),
+        ("hang", "rank 1 was ended by SIGKILL (status -9), while rank 0 was exchanging numbers in step 3; the others"),
+    ],
 )
 def test_failing_rank_is_named_with_its_reason(tiny_job: TinyJob, fault: str, words: str) -> None:
     process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), fault, *ENDLESS)
@@ -73,5 +78,57 @@ def test_failing_rank_is_named_with_its_reason(tiny_job: TinyJob, fault: str, wo
     assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
     logs = tiny_job.folder / "run" / "logs"
     assert ("ValueError: built-in fault" in (logs / "rank_00001.log").read_text()) == (fault == "raise")
-    assert ("was still waiting" in (logs / "rank_00000.log").read_text()) == (fault == "hang")
+    assert ("this rank was still exchanging numbers in step 3" in (logs / "rank_00000.log").read_text()) == (
+        fault == "hang"
+    )
     _assert_clean(everyone)
+
+
+TENSOR = ("parallel.tensor=2", "model.key_value_heads=2")
+STAGES = ("parallel.pipeline=2",)
+MEMORY = "(memory of block 1)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase", "layout"),
+    [
+        ("die", f"in the forward pass of step 3 {MEMORY}", TENSOR),
+        ("die", f"in the backward pass of step 3 {MEMORY}", (*TENSOR, "parallel.sequence_parallel=true")),
+        ("die", "in the update of step 3", ("training.zero_stage=2",)),
+        ("die", "exchanging with another stage in step 3", STAGES),
+        ("raise", f"in the forward pass of step 3 {MEMORY}", TENSOR),
+        ("raise", f"in the backward pass of step 3 {MEMORY}", (*TENSOR, "parallel.memory.sharding=columns")),
+        ("raise", "writing a checkpoint", TENSOR),
+    ],
+)
+def test_rank_lost_in_an_exchange_ends_all_with_the_phase(
+    tiny_job: TinyJob, fault: str, phase: str, layout: tuple[str, ...]
+) -> None:
+    """Within the timeout, although the other rank is in the same exchange."""
+    overrides = (ENDLESS[0], "logging.every=100000", *layout)
+    process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), f"{fault}@{phase}", *overrides)
+    tiny_job.wait_for_step(2, process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count("error: ") == 1 and "Traceback" not in output, output
+    if fault == "die":
+        assert f"rank 1 was ended by SIGKILL (status -9), while rank 0 was {phase}; the others were stopped" in output
+    else:
+        assert f"rank 1 failed {phase}: ValueError: built-in fault; the others were stopped" in output, output
+    survivor = (tiny_job.folder / "run" / "logs" / "rank_00000.log").read_text()
+    assert "ended because rank 1" in survivor and f"this rank was {phase}" in survivor, survivor
+    _assert_clean(everyone)
+
+
+def test_sub_keys_that_differ_on_one_rank_end_all(tiny_job: TinyJob) -> None:
+    """One bit of one rank's copy, found at the next comparison, with block and rank."""
+    overrides = (*ENDLESS, *TENSOR, "parallel.check_keys_every=1")
+    process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), "flip", *overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the sub-keys of the memory in block 1 differ between rank 1 and rank 0, which must have them" in output
+    assert output.count("error: ") == 1 and "Traceback" not in output, output
+    logs = tiny_job.folder / "run" / "logs"
+    for rank in range(2):
+        assert "the sub-keys of the memory in block 1 differ" in (logs / f"rank_{rank:05d}.log").read_text()

@@ -1,13 +1,16 @@
-"""Whole jobs whose layers are split over ranks."""
+"""Whole jobs whose layers and memories are split over ranks."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file
+
+from megatron_fwpkm.memory.traffic import PHASES
 
 if TYPE_CHECKING:
     from .conftest import TinyJob
@@ -15,23 +18,53 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 MODEL = (
-    "model.memory_layers=[]",
+    "model.memory_layers=[0,1]",
     "model.key_value_heads=2",
     "model.mixers=[gated_delta_net,full_attention]",
     "training.steps=4",
+    "evaluation.every=2",
 )
 SPLIT = ("parallel.tensor=2", "parallel.sequence_parallel=true", "training.activation_checkpointing=sublayers")
+SYNCED = ("parallel.memory.replicas=synced",)
+"""One memory over both replicas."""
 
 
-def of_steps(job: TinyJob) -> dict[int, dict[str, float]]:
-    """What each step computed."""
-    kept = [record for record in job.records() if "train/loss" in record]
-    return {r["step"]: {n: v for n, v in r.items() if n.startswith("train/")} for r in kept}
+def records_of(job: TinyJob) -> dict[tuple[int, str], dict[str, Any]]:
+    """What each step and each measurement computed, without times and what was sent."""
+    kept = {}
+    for record in job.records():
+        kind = "step" if "train/loss" in record else "measurement"
+        kept[record["step"], kind] = {
+            name: value
+            for name, value in record.items()
+            if not name.startswith("speed/") and "/traffic/" not in name and name != "evaluation/seconds"
+        }
+    return kept
+
+
+def traffic_of(job: TinyJob) -> list[dict[str, float]]:
+    """What the memories of each step sent."""
+    return [{n: v for n, v in r.items() if "/traffic/" in n} for r in job.records() if "train/loss" in r]
+
+
+def check_resumed(job: TinyJob, *overrides: str) -> None:
+    """The last two steps made again are bitwise the same, and so are the memories."""
+    first, checkpoints = records_of(job), job.folder / "run" / "checkpoints"
+    before = shutil.copytree(checkpoints / "step_00000004" / "fast_state", job.folder / "before")
+    shutil.rmtree(checkpoints / "step_00000004")
+    assert "step 2" in job.train(*overrides)
+    assert records_of(job) == first
+    shards = sorted(path.relative_to(before) for path in before.rglob("*.safetensors"))
+    assert len(shards) == 4  # two blocks on two ranks
+    for shard in shards:
+        wanted, found = load_file(before / shard), load_file(checkpoints / "step_00000004" / "fast_state" / shard)
+        assert wanted.keys() == found.keys() and len(wanted) > 1
+        assert all(bool((wanted[name] == found[name]).all()) for name in wanted), shard
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator[TinyJob]:
-    """A job over two tensor-parallel ranks that divide the tokens."""
+    """A job over two tensor-parallel ranks that divide the tokens and the slots."""
     from tests.distributed.conftest import TinyJob
 
     job = TinyJob(tmp_path_factory.mktemp("split"), tiny_data)
@@ -41,22 +74,46 @@ def split(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator
 
 
 def test_a_split_job_trains_as_one_process_does(tiny_job: TinyJob, split: TinyJob) -> None:
-    """Losses, norms and tokens of every step, held-out loss, and what both ranks together say of the prompts."""
+    """Every step, held-out loss in the middle and at the end, and what both ranks together say of the prompts."""
     tiny_job.train(*MODEL, "parallel.processes=1")
-    wanted, found = of_steps(tiny_job), of_steps(split)
-    assert list(found) == [1, 2, 3, 4]
-    for step, record in found.items():
-        assert record == pytest.approx(wanted[step], rel=2e-5), step
-    (whole,), (of_split,) = ([r for r in job.records() if "evaluation/loss" in r] for job in (tiny_job, split))
-    assert of_split["evaluation/loss"] == pytest.approx(whole["evaluation/loss"], rel=2e-5)
-    name = "run/samples/step_00000004.txt"
-    assert (split.folder / name).read_text() == (tiny_job.folder / name).read_text()
+    wanted, found = records_of(tiny_job), records_of(split)
+    steps = [(1, "step"), (2, "step"), (2, "measurement"), (3, "step"), (4, "step"), (4, "measurement")]
+    assert list(found) == list(wanted) == steps
+    for key, record in found.items():
+        single = {name: value for name, value in record.items() if not isinstance(value, list)}
+        assert single == pytest.approx({name: wanted[key][name] for name in single}, rel=2e-5, abs=1e-6), key
+    for step in (2, 4):
+        name = f"run/samples/step_{step:08d}.txt"
+        assert (split.folder / name).read_text() == (tiny_job.folder / name).read_text()
+
+
+def test_a_split_job_records_what_its_memories_send(split: TinyJob) -> None:
+    for sent in traffic_of(split):
+        for block in (0, 1):
+            tag = f"memory/block_{block}/traffic"
+            names = {f"{tag}/{phase}_{what}" for phase in PHASES for what in ("bytes", "messages")}
+            assert names | {f"{tag}/imbalance", f"{tag}/distinct_ratio"} <= sent.keys()
+            # A vector of 16 numbers, at most once for each token on the other rank, and the error's further column.
+            assert 0 < sent[f"{tag}/read_bytes"] <= 16 * 4 and 0 < sent[f"{tag}/write_bytes"] <= 17 * 4 + 8
+            # Two microbatches of 4 chunks on each rank, and as many messages from it.
+            assert sent[f"{tag}/read_messages"] == 2 * 4
+            assert 1 <= sent[f"{tag}/imbalance"] < 2 and 0 < sent[f"{tag}/distinct_ratio"] <= 1
+    assert len(traffic_of(split)) == 4
 
 
 def test_a_split_job_resumes_bitwise_in_its_own_layout_only(split: TinyJob) -> None:
-    first = of_steps(split)
-    shutil.rmtree(split.folder / "run" / "checkpoints" / "step_00000004")
-    assert "step 2" in split.train(*MODEL, *SPLIT)
-    assert of_steps(split) == first
+    check_resumed(split, *MODEL, *SPLIT)
     refused = split.train(*MODEL, expected=2)
-    assert "tensor (2, 1)" in refused and "another layout" in refused
+    assert "tensor (2, 1)" in refused and "memory_ranks (2, 1)" in refused and "another layout" in refused
+
+
+def test_a_job_with_one_memory_over_its_replicas_resumes_bitwise(tiny_job: TinyJob) -> None:
+    """Replicas measure together, too: each call on a memory is one of all its ranks."""
+    printed = tiny_job.train(*MODEL, *SYNCED)
+    assert "no prompts are continued at evaluations: a memory is spread over several replicas" in printed
+    measured = [record["evaluation/loss"] for (_, kind), record in records_of(tiny_job).items() if kind != "step"]
+    assert len(measured) == 2 and measured[1] < measured[0]
+    assert all(sent["memory/block_1/traffic/read_bytes"] > 0 for sent in traffic_of(tiny_job))
+    check_resumed(tiny_job, *MODEL, *SYNCED)
+    refused = tiny_job.train(*MODEL, expected=2)
+    assert "memory_ranks (2, 1)" in refused and "another layout" in refused

@@ -33,6 +33,8 @@ CONFIG = DecoderConfig(
     mlp_size=48,
     window=8,
     delta_net=DeltaNetConfig(key_heads=4, value_heads=8, key_head_dim=8, value_head_dim=6),
+    memory=MemoryConfig(heads=1, topk=2, n_subkeys=6, k_dim=16, v_dim=16, chunk_size=8),
+    memory_layers=(0, 2),
 )
 VOCABULARY = 64
 
@@ -43,7 +45,7 @@ def run(backend: Backend, tied: bool, dtype: torch.dtype) -> tuple[Tensor, Decod
     tokens = torch.randint(0, VOCABULARY, (2, 40), generator=generator)
     labels, documents = tokens.roll(-1, 1), (torch.arange(40) // 14).expand(2, 40)
     labels[0, 3:9] = -100
-    model = Decoder(replace(CONFIG, tied_embeddings=tied), VOCABULARY, backend, seed=3).to(dtype)
+    model = Decoder(replace(CONFIG, tied_embeddings=tied), VOCABULARY, backend, seed=3, fast_dtype=dtype).to(dtype)
     loss_BT = model(tokens, labels, documents)
     loss_BT.mean().backward()
     return loss_BT.detach(), model
@@ -83,11 +85,14 @@ def compare(loss: Tensor, whole: Decoder, split_loss: Tensor, split: Decoder) ->
 def check_whole_sequences(split: Decoder, whole: Decoder) -> float:
     """Reading a text in uneven pieces with a cache, on a model with or without sequence parallelism."""
     tokens = torch.randint(0, VOCABULARY, (2, 23), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        wanted = whole.logits(tokens)
+
+    def read(model: Decoder) -> Tensor:
+        cache = model.make_cache(2)
+        return torch.cat([model.logits(piece, cache=cache) for piece in tokens.split((9, 13, 1), 1)], 1)
+
+    wanted = read(whole)
     with split.whole_sequences():
-        cache = split.make_cache(2)
-        found = torch.cat([split.logits(piece, cache=cache) for piece in tokens.split((9, 13, 1), 1)], 1)
+        found = read(split)
     parts = [torch.empty_like(found) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
     dist.all_gather(parts, found.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return error(torch.cat(parts, -1), wanted)
