@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_
 from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
-from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, GONE, Failure, describe_failure
+from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, GONE, Failure, connect_to_launcher, describe_failure
 from megatron_fwpkm.train.stop import SAME_REQUEST_SECONDS, STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
@@ -160,13 +161,27 @@ def ending_with_a_status() -> Iterator[None]:
     except UserError as error:
         if isinstance(error, SharedUserError) and report_user_error(str(error)):
             return
-        # Every rank of a launcher reads the same configuration, and each machine its own files.
-        if os.environ.get("RANK" if isinstance(error, SharedUserError) else "LOCAL_RANK", "0") == "0":
+        if _is_first_to_tell(isinstance(error, SharedUserError)):
             _say_error(str(error))
         raise SystemExit(2) from None
     except JobFailedError as error:
         _say_error(str(error))
         raise SystemExit(1) from None
+
+
+def _is_first_to_tell(shared: bool) -> bool:
+    """Whether this process tells of an error that all ranks have, or all of this machine if it is not `shared`.
+
+    Launchers end all processes as soon as one has gone: not always does the first rank come to tell.
+    """
+    rank = os.environ.get("RANK" if shared else "LOCAL_RANK")
+    if rank is None:
+        return True
+    store = connect_to_launcher()
+    with contextlib.suppress(RuntimeError):  # its owner has gone
+        if store is not None:
+            return bool(store.add("error-told" if shared else f"error-told/{platform.node()}", 1) == 1)
+    return rank == "0"
 
 
 def _say_error(message: str) -> None:

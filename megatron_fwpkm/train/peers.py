@@ -103,7 +103,7 @@ class PeerWatch:
         with contextlib.suppress(OSError, AttributeError):
             self._launcher = os.pidfd_open(os.getppid())
             self._poll.register(self._launcher, select.POLLIN)
-        self._store = _connect()
+        self._store = connect_to_launcher()
         self._thread.start()
         return self
 
@@ -232,8 +232,8 @@ def _process_space() -> tuple[str, str] | None:
         return None
 
 
-def _connect() -> Any:
-    """A connection of its own to the launcher's store: the job's may be busy waiting."""
+def connect_to_launcher() -> Any:
+    """A connection of its own to the launcher's store: the job's may be busy waiting. None where there is none."""
     try:
         store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"],

@@ -132,3 +132,24 @@ def test_sub_keys_that_differ_on_one_rank_end_all(tiny_job: TinyJob) -> None:
     logs = tiny_job.folder / "run" / "logs"
     for rank in range(2):
         assert "the sub-keys of the memory in block 1 differ" in (logs / f"rank_{rank:05d}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("parallel.memory.replicas=synced", "model.memory.n_subkeys=1", "model.memory.topk=1"),
+            "model.memory.n_subkeys (1) must be at least the number of ranks that a memory is spread over (2)",
+        ),
+        (("parallel.tensor=2", "model.mlp_size=49"), "model.mlp_size (49) can't be divided over parallel.tensor (2)"),
+    ],
+)
+def test_layout_that_does_not_fit_is_told_once_under_torchrun(
+    tiny_job: TinyJob, overrides: tuple[str, ...], words: str
+) -> None:
+    """By whichever rank is first: the launcher ends the others when that one has gone."""
+    process = tiny_job.torchrun("model.key_value_heads=2", *overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.count("error: ") == 1 and words in output, output
+    assert not (tiny_job.folder / "run").exists()
