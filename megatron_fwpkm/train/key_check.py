@@ -35,14 +35,12 @@ def check_keys(model: BlockStack, topology: Topology) -> None:
         own_L2 = torch.stack([digest(state.keys_H2nd) for _, state in layers])
         of_rank = [torch.empty_like(own_L2) for _ in range(place.memory_ranks)]
         dist.all_gather(of_rank, own_L2, group=group)
-        for number, digests_L2 in enumerate(of_rank):
-            for (index, _), one, first in zip(layers, digests_L2, of_rank[0], strict=True):
-                if not torch.equal(one, first):
-                    ranks = [dist.get_global_rank(group, member) for member in (number, 0)]
-                    raise RuntimeError(
-                        f"the sub-keys of the memory in block {index} differ between rank {ranks[0]} and rank "
-                        f"{ranks[1]}, which must have them alike; resume from the last checkpoint, and look for a "
-                        "damaged device or an update that is not deterministic"
-                    )
+        for (index, _), own, first in zip(layers, own_L2, of_rank[0], strict=True):
+            if not torch.equal(own, first):
+                raise RuntimeError(
+                    f"the sub-keys of the memory in block {index} differ between rank {topology.rank} and rank "
+                    f"{dist.get_global_rank(group, 0)}, which must have them alike; resume from the last checkpoint, "
+                    "and look for a damaged device or an update that is not deterministic"
+                )
 
     agree_on_errors(compare, "comparing sub-keys")

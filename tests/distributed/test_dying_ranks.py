@@ -127,6 +127,7 @@ def test_sub_keys_that_differ_on_one_rank_end_all(tiny_job: TinyJob) -> None:
     process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), "flip", *overrides)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
+    assert "error: rank 1 failed while comparing sub-keys: " in output, output
     assert "the sub-keys of the memory in block 1 differ between rank 1 and rank 0, which must have them" in output
     assert output.count("error: ") == 1 and "Traceback" not in output, output
     logs = tiny_job.folder / "run" / "logs"
