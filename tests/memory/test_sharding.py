@@ -96,6 +96,9 @@ def test_traffic_is_counted_by_phase_and_taken_once() -> None:
     assert taken.sent_bytes == {"read": 100, "backward": 11} and taken.messages == {"read": 3, "backward": 2}
     assert (taken.load, taken.distinct_ratio, taken.chunks) == (1.5, 0.5, 1)
     assert not traffic.sent_bytes and not traffic.take().reads_of_all
+    both = taken + taken
+    assert both.sent_bytes == {"read": 200, "backward": 22} and both.messages == {"read": 6, "backward": 4}
+    assert (both.load, both.distinct_ratio, both.chunks, both.rows_here) == (1.5, 0.5, 2, 30)
 
 
 @pytest.mark.parametrize("ranks", [1, *RANKS])
