@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
-EXACT = ("parameters", "optimizer", "slow tables", "fast state", "activations")
-EXPECTED = {"gradients": 0.1, "memory rows": 0.1, "written rows": 0.2}
-"""Allowed relative errors of what depends on which slots are read; the plan takes all as used alike, which the rows
-that stay touched over several microbatches are least."""
+EXACT = {"parameters", "optimizer", "slow tables", "fast state", "activations"}
+"""What does not depend on which slots are read. The worker reads slots at random: all are used alike, as planned."""
 
 
 def predicted(stage: RankBytes) -> dict[str, float]:
@@ -50,7 +48,7 @@ def test_every_category_is_as_measured(tiny_job: TinyJob, processes: int) -> Non
             wanted = predicted(stage)
             large = 0.02 * sum(wanted.values())
             for category, size in wanted.items():
-                limit = EXPECTED.get(category, 0.01)
+                limit = 0.01 if category in EXACT else 0.1
                 if max(size, measured[category]) > large and abs(size - measured[category]) > limit * size:
                     errors[name, rank, category] = (size, measured[category])
             if config.parallel.pipeline == 1 and measured["buffers"]:  # without the weights that ZeRO-3 gathers
