@@ -91,6 +91,9 @@ def memory_call(
         most_rows = min(slots, reads)
         most += fixed + _row_side(config, group, queries, tokens, reads, most_rows, width, worst=True)
         total += own
+    if memories > 1 and spans:  # they all start from the same sub-keys
+        same = _subkey_bytes(config, memories - 1)
+        expected, most = expected - same, most - same
     if not config.moves_keys and not config.weight_decay:  # the sub-keys of all chunks are those of the fast state
         keys = _subkey_bytes(config, memories) * len(spans)
         expected, most = expected - keys, most - keys
