@@ -20,6 +20,11 @@ def main(
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Print the resolved configuration, what it costs and its layout; start nothing."
     ),
+    device_memory: str = typer.Option(
+        None,
+        "--device-memory",
+        help="With --dry-run: memory of one GPU, as 80GiB; tells whether the job fits and how long sequences may be.",
+    ),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Given by the deepspeed launcher; unused."),
 ) -> None:
     """Train. Under torchrun or the deepspeed launcher this is one process of the job; otherwise it starts them."""
@@ -30,7 +35,7 @@ def main(
     with ending_with_a_status():
         settings = load_train_config(config, overrides or [])
         if dry_run:
-            _print_plan(settings)
+            _print_plan(settings, device_memory)
             return
         from megatron_fwpkm.terminal import print_line
         from megatron_fwpkm.train.job import check_run_directory, run_job
@@ -47,11 +52,12 @@ def main(
         raise typer.Exit(status)
 
 
-def _print_plan(settings: "TrainConfig") -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
+def _print_plan(settings: "TrainConfig", device_memory: str | None) -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
     from megatron_fwpkm.terminal import new_console
-    from megatron_fwpkm.train.dry_run import make_plan, print_plan
+    from megatron_fwpkm.train.dry_run import make_plan, parse_bytes, print_plan
 
-    print_plan(settings, make_plan(settings), new_console())
+    size = None if device_memory is None else parse_bytes(device_memory)
+    print_plan(settings, make_plan(settings, size), new_console())
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ class ParallelConfig(Section):
     """Ranks that every layer is split over (tensor parallelism)."""
     pipeline: int = Field(default=1, ge=1)
     """Stages that the layers are divided into (pipeline parallelism)."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that divide a sequence beyond tensor parallelism (context parallelism): 1, there is none. A memory writes
+    the chunks of a sequence one after the other; `--dry-run --device-memory` tells how long sequences may be."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks divide the tokens between the split layers among them, too."""
     memory: MemoryLayoutConfig = MemoryLayoutConfig()
@@ -56,3 +59,14 @@ class ParallelConfig(Section):
     """Steps between comparisons of the sub-keys, which all ranks of a memory have alike; 0 means never."""
     timeout_seconds: int = Field(default=300, ge=10, le=30 * 24 * 3600)
     """Longest wait for another process before the job fails."""
+
+    @model_validator(mode="after")
+    def _check_context(self) -> ParallelConfig:
+        if self.context > 1:
+            raise ValueError(
+                f"parallel.context {self.context}: context parallelism is not supported, as a memory writes the chunks "
+                "of a sequence one after the other; set parallel.context=1, and for longer sequences "
+                "parallel.sequence_parallel=true with more parallel.tensor ranks, or "
+                "training.activation_checkpointing=sublayers (--dry-run --device-memory=80GiB tells what fits)"
+            )
+        return self

@@ -110,7 +110,7 @@ def initialize(layout: ParallelConfig) -> Topology:
     # The deepspeed launcher has another name for it; streaming, too, looks for this one.
     local_world_size = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     set_threads(local_world_size)
-    deepspeed, _ = _import_engine()
+    deepspeed, _ = import_engine()
     backend = "gloo"
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
@@ -189,7 +189,7 @@ def _placement(layout: ParallelConfig, tensor_group: torch.distributed.ProcessGr
     )
 
 
-def _import_engine() -> tuple[Any, Any]:
+def import_engine() -> tuple[Any, Any]:
     """DeepSpeed and Megatron's parallel_state, without their remarks on GPU libraries that a CPU machine lacks."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +24,21 @@ from megatron_fwpkm.config import TrainConfig, to_yaml
 from megatron_fwpkm.data.manifest import read_manifest
 from megatron_fwpkm.data.settings import DataConfig
 from megatron_fwpkm.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
-from megatron_fwpkm.memory import MemoryConfig
-from megatron_fwpkm.memory.pkm_layer import slow_tables
+from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
+from megatron_fwpkm.parallel.topology import import_engine
 from megatron_fwpkm.terminal import values_table
 from megatron_fwpkm.train.layout import check_processes
+from megatron_fwpkm.train.memory_plan import USABLE, MemoryPlan, plan_memory
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this. Tensor-parallel sizes that divide it make the same model."""
-_BYTES = {"fp32": 4, "bf16": 2}
-_MOMENT_BYTES = 8
-"""Per slow weight: AdamW's two moments."""
-_MASTER_BYTES = 4
-"""Per slow weight: the fp32 copy that every ZeRO stage above 0 updates."""
+_FAST_BYTES = 4
+"""Of a number of the fast state."""
+_STAGES_SHOWN = 6
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(KiB|MiB|GiB|TiB|KB|MB|GB|TB)?", re.IGNORECASE)
+_SIZE_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -62,18 +64,15 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Plan:
-    """The accounting of a job; bytes are those of one process."""
+    """The accounting of a job."""
 
     kinds: tuple[LayerKind, ...]
     flops_per_token: int
     tokens_per_step: int
     steps: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    fast_bytes: int
-    memory_activation_bytes: int
-    """Upper bound of what the memory layers keep for the backward pass of one microbatch."""
+    memory: MemoryPlan
+    device_memory: int | None
+    """Bytes of one GPU, if it was asked for one."""
     replicas: int
     tensor_parallel: int
     pipeline: int
@@ -100,54 +99,39 @@ class Plan:
         return self.flops_per_token * self.tokens_per_step * self.steps
 
 
-def make_plan(config: TrainConfig) -> Plan:
-    """Account for a job. Raises UserError if the number of processes doesn't fit the layout."""
+def make_plan(config: TrainConfig, device_memory: int | None = None) -> Plan:
+    """Account for a job, on GPUs with so many bytes of memory each or on this machine.
+
+    Raises UserError if the number of processes doesn't fit the layout.
+    """
     processes = int(os.environ.get("WORLD_SIZE", config.parallel.processes))
-    tensor = config.parallel.tensor
+    tensor, stages = config.parallel.tensor, config.parallel.pipeline
     check_processes(config, processes)
-    replicas = processes // (tensor * config.parallel.pipeline)
-    training, length, stage = config.training, config.data.sequence_length, config.training.zero_stage
-    memory = config.parallel.memory
-    memory_ranks = tensor * (replicas if memory.replicas == "synced" else memory.group_replicas)
-    model = _fake_model(config)
-    kinds = tuple(_layer_kinds(model, length))
-    slow = sum(kind.slow for kind in kinds) // (tensor * config.parallel.pipeline)
-    tables = sum(table.values_ND.numel() for table in slow_tables(model).values())
-    width = _BYTES[training.precision]
-    tokens = training.micro_batch_size * length
-    memories = [layer.config for _, layer in model.memory_layers()]
+    replicas = processes // (tensor * stages)
+    training, length = config.training, config.data.sequence_length
+    vocab_size = padded_vocabulary(_vocabulary(config.data), tensor)
+    model = _fake_model(config, vocab_size)
+    bounds = [0, config.model.layers + 3]
+    if stages > 1:
+        import_engine()
+        from megatron_fwpkm.model.pipeline import stage_bounds
+
+        bounds = stage_bounds(model.flops_per_token_of_layers(length), stages)
     return Plan(
-        kinds=kinds,
+        kinds=tuple(_layer_kinds(model, length)),
         flops_per_token=model.num_flops_per_token(length),
-        tokens_per_step=tokens * training.gradient_accumulation * replicas,
+        tokens_per_step=training.micro_batch_size * length * training.gradient_accumulation * replicas,
         steps=training.steps,
-        weight_bytes=_divided(width * (slow - tables), replicas if stage >= 3 else 1) + width * tables,
-        # Summed in fp32; of the tables, only rows that were read have one.
-        gradient_bytes=_divided(4 * (slow - tables), replicas if stage >= 2 else 1),
-        # Of PKM values every replica has them.
-        optimizer_bytes=_divided(
-            (_MOMENT_BYTES + (stage > 0) * _MASTER_BYTES) * (slow - tables), replicas if stage else 1
-        )
-        + (_MOMENT_BYTES + (width < 4) * _MASTER_BYTES) * tables,
-        fast_bytes=sum(
-            state.keys_H2nd.nbytes + _divided(state.table_ND.nbytes, memory_ranks) for _, state in model.fast_states()
-        ),
-        memory_activation_bytes=sum(
-            memory_activation_bytes(memory, training.micro_batch_size, length) for memory in memories
-        ),
+        memory=plan_memory(config, vocab_size, replicas, bounds, device_memory),
+        device_memory=device_memory,
         replicas=replicas,
         tensor_parallel=tensor,
-        pipeline=config.parallel.pipeline,
-        zero_stage=stage,
+        pipeline=stages,
+        zero_stage=training.zero_stage,
     )
 
 
-def _divided(size: int, ranks: int) -> int:
-    """The largest share of so many bytes."""
-    return -(-size // ranks)
-
-
-def _fake_model(config: TrainConfig) -> Decoder:
+def _fake_model(config: TrainConfig, vocab_size: int) -> Decoder:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # skip_init() makes a module without content and then gives it storage, which fake tensors refuse and don't need.
@@ -157,7 +141,7 @@ def _fake_model(config: TrainConfig) -> Decoder:
     ):
         return Decoder(
             config.model,
-            vocab_size=padded_vocabulary(_vocabulary(config.data), config.parallel.tensor),
+            vocab_size=vocab_size,
             backend=TorchBackend(config.model.initial_std, config.model.norm_epsilon),
             seed=config.seed,
         )
@@ -197,25 +181,6 @@ def _layer_kinds(model: Decoder, length: int) -> Iterator[LayerKind]:
     yield LayerKind("norms between them", 2 * len(model.blocks) + 1, rest, 0, rest, 0)
 
 
-def memory_activation_bytes(config: MemoryConfig, batch: int, length: int) -> int:
-    """Upper bound of the bytes that one call of a memory keeps for its backward pass.
-
-    It is reached when no two reads of a chunk meet in a slot. Projections and norms around the memory are not in it.
-    """
-    chunk = length if config.chunk_size == "sequence" else min(config.chunk_size, length)
-    heads_k, width = config.heads * config.k_dim, config.v_dim
-    memories = batch if config.reset in ("per_sequence", "per_document") else 1
-    total = batch * length * (4 * heads_k + 8 * width + 8)  # query; value and output; gate and write weight
-    for start in range(0, length, chunk):
-        reads = batch * min(chunk, length - start) * config.reads_per_token
-        slots = min(reads, config.num_slots * memories)
-        total += 64 * reads  # sub-key indices, ranks and scores; slot scores and weights; places of reads and slots
-        total += slots * (28 + 4 * width * (2 if config.gradient_clip else 1))  # slots, counts, steps; rows
-        total += memories * 4 * config.n_subkeys * heads_k * (2 if config.gradient_clip else 1)  # the chunk's sub-keys
-        total += memories * 16 * config.n_subkeys  # their mean use, in float64
-    return total
-
-
 def print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
     """Show the resolved configuration, the accounting and the layout."""
     console.print(to_yaml(config), markup=False)
@@ -231,21 +196,55 @@ def print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
     totals = (plan.slow, plan.fast, plan.active_per_token, plan.flops_per_token)
     table.add_row("all", "", *(f"{number:,}" for number in totals))
     console.print(table)
-    console.print(values_table("Memory of one process", _memory_rows(plan)))
+    console.print(_memory_table(plan))
+    for line in _memory_remarks(config, plan):
+        console.print(line, markup=False, highlight=False)
     console.print(values_table("Work", _work_rows(config, plan)))
     console.print(values_table("Layout", list(_layout_rows(plan))))
 
 
-def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
-    parts = [
-        ("weights", plan.weight_bytes),
-        ("gradients", plan.gradient_bytes),
-        (f"optimizer (ZeRO-{plan.zero_stage} over {plan.replicas} replicas)", plan.optimizer_bytes),
-        ("fast state", plan.fast_bytes),
-        ("saved by memory layers per microbatch, at most", plan.memory_activation_bytes),
-    ]
-    rows = [(name, readable_bytes(size)) for name, size in parts]
-    return [*rows, ("all of these", readable_bytes(sum(size for _, size in parts)))]
+def _memory_table(plan: Plan) -> Table:
+    """Bytes by category of a rank of each stage; of many stages the first, the one with most and the last."""
+    stages, largest = plan.memory.stages, plan.memory.largest
+    shown = sorted({0, largest.stage, len(stages) - 1}) if len(stages) > _STAGES_SHOWN else range(len(stages))
+    title = f"Memory of one process (ZeRO-{plan.zero_stage} over {plan.replicas} replicas)"
+    table = Table("", title=title, title_justify="left")
+    for stage in shown:
+        most = " (most)" if len(stages) > 1 and stage == largest.stage else ""
+        table.add_column("bytes" if len(stages) == 1 else f"stage {stage}{most}", justify="right")
+    table.add_column("share" if len(stages) == 1 else f"share of stage {largest.stage}", justify="right")
+    columns = [list(stages[stage].parts().values()) for stage in shown]
+    for index, (name, size) in enumerate(largest.parts().items()):
+        if any(column[index] for column in columns):
+            sizes = (readable_bytes(column[index]) for column in columns)
+            table.add_row(name, *sizes, f"{size / largest.total:.0%}")
+    table.add_section()
+    table.add_row("microbatches in flight", *(str(stages[stage].microbatches) for stage in shown), "")
+    table.add_row("all", *(readable_bytes(stages[stage].total) for stage in shown), "100%")
+    return table
+
+
+def _memory_remarks(config: TrainConfig, plan: Plan) -> Iterator[str]:
+    """What dominates, what is expected and not known, and what a device holds."""
+    largest = plan.memory.largest
+    name, size = max(largest.parts().items(), key=lambda part: part[1])
+    yield f"Most of it: {name}, {readable_bytes(size)} of {readable_bytes(largest.total)}."
+    if largest.most_memory_rows > largest.memory_rows:
+        yield (
+            f"Rows kept by memories: {readable_bytes(largest.memory_rows)} where all slots are used alike; at most "
+            f"{readable_bytes(largest.most_memory_rows)}, when no two reads of a chunk meet and one rank owns all."
+        )
+    kernels = "of this machine" if plan.device_memory is None else "of a GPU (flash-linear-attention)"
+    yield f"Delta nets count with the kernels {kernels}. Temporaries of the backward pass are in none of the numbers."
+    longest = plan.memory.longest_sequence
+    if plan.device_memory is None or longest is None:
+        return
+    fits = largest.total <= USABLE * plan.device_memory
+    yield (
+        f"{'Fits' if fits else 'Does not fit'} a device of {readable_bytes(plan.device_memory)}, of which {USABLE:.0%} "
+        f"are planned with, at {config.data.sequence_length:,} tokens a sequence. Longest sequence that fits: "
+        + (f"{longest:,} tokens." if longest else "none.")
+    )
 
 
 def _work_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
@@ -259,7 +258,7 @@ def _work_rows(config: TrainConfig, plan: Plan) -> list[tuple[str, str]]:
         ("tokens in all", f"{plan.tokens_per_step * plan.steps:,} in {plan.steps:,} steps"),
         ("FLOP a step", _readable(plan.flops_per_token * plan.tokens_per_step)),
         ("FLOP in all", _readable(plan.total_flops)),
-        ("fast state of all replicas", readable_bytes(plan.fast_bytes * plan.replicas)),
+        ("fast state of a replica", readable_bytes(_FAST_BYTES * plan.fast)),
     ]
 
 
@@ -272,6 +271,15 @@ def _layout_rows(plan: Plan) -> Iterator[tuple[str, str]]:
             yield f"replica {replica}", f"rank {', '.join(str(rank) for rank in ranks)}"
         elif replica == 4:
             yield "...", f"{plan.replicas} replicas of {size} ranks"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text like 80GiB or 80 GB; a number alone is bytes. Raises UserError for others and for 0."""
+    match = _SIZE.fullmatch(text.strip())
+    size = 0 if match is None else round(float(match[1]) * _SIZE_UNITS.get((match[2] or "").lower(), 1))
+    if size <= 0:
+        raise UserError(f"{text!r} is no size of memory; write it as 80GiB or 80GB")
+    return size
 
 
 def readable_bytes(size: int) -> str:

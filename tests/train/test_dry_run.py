@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from fwpkm_kernels import SlotPlan
 from megatron_fwpkm.config import TrainConfig, UserError, load_train_config
 from megatron_fwpkm.memory import FastState, MemoryConfig
-from megatron_fwpkm.memory.functional import fast_memory
+from megatron_fwpkm.memory.functional import chunk_spans, fast_memory
+from megatron_fwpkm.memory.statistics import MemoryStatistics
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
-from megatron_fwpkm.train.dry_run import (
-    make_plan,
-    memory_activation_bytes,
-    padded_vocabulary,
-    print_plan,
-    readable_bytes,
-)
+from megatron_fwpkm.profiling.memory_rows import ReadGroup, distinct_slots, memory_call
+from megatron_fwpkm.train.dry_run import make_plan, padded_vocabulary, parse_bytes, print_plan, readable_bytes
+from megatron_fwpkm.train.memory_plan import USABLE
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "configs" / "train" / "nano.yaml"
@@ -37,13 +36,15 @@ def test_plan_counts_what_the_model_has() -> None:
     model = Decoder(config.model, padded_vocabulary(4096, 1), TorchBackend(), config.seed)
     slow = sum(weight.numel() for weight in model.parameters())
     assert plan.slow == slow
-    assert plan.fast * 4 == plan.fast_bytes == sum(state.num_bytes for _, state in model.fast_states())
+    (rank,) = plan.memory.stages
+    assert plan.fast * 4 == rank.fast_state == sum(state.num_bytes for _, state in model.fast_states())
     assert plan.flops_per_token == model.num_flops_per_token(1024)
     assert sum(kind.flops_per_token for kind in plan.kinds) == plan.flops_per_token
     assert {kind.layers for kind in plan.kinds if "FwPKM" in kind.name} == {2}
     assert plan.active_per_token == model.num_parameters().active_per_token
     assert plan.tokens_per_step == 2 * 3 * 1024 and plan.total_flops == plan.flops_per_token * 2 * 3 * 1024 * 560
-    assert (plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes) == (2 * slow, 4 * slow, 6 * slow)
+    # Under ZeRO-1 in bf16 every rank has the whole sum of gradients, and the last microbatch's.
+    assert (rank.parameters, rank.gradients, rank.optimizer) == (2 * slow, 6 * slow, 6 * slow)
 
 
 def test_plan_counts_untied_embeddings_as_the_model_does() -> None:
@@ -57,8 +58,8 @@ def test_plan_counts_untied_embeddings_as_the_model_does() -> None:
     "changes",
     [{}, {"heads": 2, "topk": 2}, {"chunk_size": "sequence"}, {"gradient_clip": True}, {"reset": "per_sequence"}],
 )
-def test_activation_bound_holds_and_is_close(changes: dict[str, object]) -> None:
-    """Against the tensors that autograd really keeps; few slots meet here, so the bound is nearly reached."""
+def test_kept_rows_are_those_of_the_plan(changes: dict[str, object]) -> None:
+    """Against the tensors that autograd really keeps: exactly where the touched rows are known, and at most so many."""
     settings = {"heads": 1, "topk": 2, "n_subkeys": 64, "k_dim": 16, "v_dim": 24, "chunk_size": 16, **changes}
     config = MemoryConfig(**settings)  # type: ignore[arg-type]
     state = FastState(config)
@@ -76,10 +77,64 @@ def test_activation_bound_holds_and_is_close(changes: dict[str, object]) -> None
         return tensor
 
     alive: list[torch.UntypedStorage] = []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fast_memory(query, value, gate, None, state.view(batch, training=True), config)
-    bound, found = memory_activation_bytes(config, batch, length), sum(kept.values())
-    assert 0.6 * bound < found <= bound
+    touched: list[int] = []
+    plans = MemoryStatistics.add_chunk
+
+    def count(statistics: MemoryStatistics, plan: SlotPlan, memories: int) -> None:
+        touched.append(plan.slots_U.numel())
+        plans(statistics, plan, memories)
+
+    view = state.view(batch, training=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryStatistics, "add_chunk", count)
+        output = fast_memory(query, value, gate, None, view, config, statistics=MemoryStatistics(config))
+    found = sum(kept.values()) - sum(tensor.nbytes for tensor in (query, value, gate, output))
+    spans = chunk_spans(length, config)
+    call = memory_call(config, batch, spans, ReadGroup(), touched)
+    assert found == call.expected_bytes <= call.most_bytes
+    assert memory_call(config, batch, spans, ReadGroup()).expected_bytes <= call.most_bytes
+
+
+@pytest.mark.parametrize(("slots", "reads"), [(1, 3), (50, 1), (50, 200), (4096, 1024)])
+def test_expected_number_of_distinct_slots(slots: int, reads: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(slots, (reads,), generator=generator).unique().numel() for _ in range(200)]
+    assert distinct_slots(slots, reads) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
+
+
+def test_stages_and_longest_sequence() -> None:
+    """Stages add up to the model; the longest sequence fits, and one chunk more does not."""
+    layout = ("parallel.pipeline=2", "parallel.processes=2", "training.gradient_accumulation=3")
+    sizes = (*layout, "training.zero_stage=0", "data.vocab_size=512")
+    plan = make_plan(_nano(*sizes), 1 << 30)
+    first, last = plan.memory.stages
+    assert (first.microbatches, last.microbatches) == (2, 1)
+    tied = 512 * 192  # on both
+    assert first.parameters + last.parameters == 4 * (plan.slow + tied)
+    assert first.fast_state + last.fast_state == 4 * plan.fast
+    longest = plan.memory.longest_sequence
+    assert longest
+    for length, fits in ((longest, True), (longest + 128, False)):
+        planned = make_plan(_nano(*sizes, f"data.sequence_length={length}"), 1 << 30)
+        assert (planned.memory.largest.total <= USABLE * (1 << 30)) == fits
+    assert make_plan(_nano(*sizes), 1 << 20).memory.longest_sequence == 0
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_plan(_nano(*sizes), plan, console)
+    text = console.export_text()
+    for words in ("stage 0 (most)", "share of stage 0", "Most of it: ", f"Longest sequence that fits: {longest:,} tok"):
+        assert words in text, words
+
+
+def test_sizes_of_memory() -> None:
+    assert [parse_bytes(text) for text in ("80GiB", "1.5 mib", "80GB", "7")] == [80 << 30, 3 << 19, 80 * 10**9, 7]
+    for text in ("", "80 apples", "0GiB", "-1GiB"):
+        with pytest.raises(UserError, match="no size of memory"):
+            parse_bytes(text)
+
+
+def test_context_parallelism_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel\.context 2: context parallelism is not supported"):
+        _nano("parallel.context=2")
 
 
 def test_largest_models_are_planned_without_allocating() -> None:
@@ -88,7 +143,8 @@ def test_largest_models_are_planned_without_allocating() -> None:
     overrides += ["model.memory.n_subkeys=4096", "model.memory.v_dim=1024", "data.vocab_size=131072"]
     overrides += ["parallel.processes=64", "evaluation.sequences=64"]
     plan = make_plan(_nano(*overrides))
-    assert plan.slow > 30e9 and plan.fast_bytes > 2 * 64 * 2**30  # hundreds of GB, had they been allocated
+    # Hundreds of GB, had they been allocated.
+    assert plan.slow > 30e9 and plan.memory.largest.fast_state > 2 * 64 * 2**30
     console = Console(width=120, record=True, quiet=True)
     print_plan(_nano(*overrides), plan, console)
 
@@ -106,7 +162,14 @@ def test_dry_run_command_starts_and_writes_nothing(tmp_path: Path) -> None:
     overrides = [f"run_directory={tmp_path / 'run'}", f"data.directory={tmp_path / 'data'}", "training.steps=77"]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for words in ("steps: 77", "FwPKMLayer", "optimizer (ZeRO-1 over 2 replicas)", "replica 1", "FLOP in all"):
+    for words in (
+        "steps: 77",
+        "FwPKMLayer",
+        "ZeRO-1 over 2 replicas",
+        "rows kept by memories",
+        "replica 1",
+        "FLOP in all",
+    ):
         assert words in done.stdout, words
     assert not list(tmp_path.iterdir())
 
