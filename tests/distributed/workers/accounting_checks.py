@@ -31,6 +31,7 @@ from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.step import Stepper
 
 VOCABULARY = 2048
+DRAW = torch.Generator()
 GRADIENTS = ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
 """What DeepSpeed's optimizers keep gradients in from step to step."""
 BASE: dict[str, Any] = {
@@ -235,7 +236,7 @@ class Kept:
 def anywhere(query_GXd: Tensor, keys_Gnd: Tensor, topk: int, score_type: str) -> ProductKeyTopk:
     """A top-k whose slots are drawn: all are used alike, as the plan assumes. Scores stay those of the best."""
     top, n = product_key_topk(query_GXd, keys_Gnd, topk, score_type), keys_Gnd.shape[1]
-    sub_index = torch.rand(*query_GXd.shape[:2], n).topk(topk).indices
+    sub_index = torch.rand(*query_GXd.shape[:2], n, generator=DRAW).topk(topk).indices
     first, second = sub_index.unflatten(0, (-1, 2)).unbind(1)
     slot = first.gather(-1, top.rank[0]) * n + second.gather(-1, top.rank[1])
     return dataclasses.replace(top, sub_index=sub_index, slot=slot)
@@ -422,6 +423,7 @@ def watch_step(
 def main() -> None:
     topology.initialize(configuration(dist_size(), "one rank" if dist_size() == 1 else "TP2").parallel)
     every: dict[str, list[Any]] = {}
+    DRAW.manual_seed(dist.get_rank())  # ranks have different tokens
     gc.freeze()  # what the libraries have is looked at no more
     with mock.patch.object(addressing, "product_key_topk", anywhere):
         with mock.patch.object(pkm_layer, "product_key_topk", anywhere):
