@@ -118,7 +118,7 @@ def test_stages_and_longest_sequence() -> None:
         planned = make_plan(_nano(*sizes, f"data.sequence_length={length}"), 1 << 30)
         assert (planned.memory.largest.total <= USABLE * (1 << 30)) == fits
     assert make_plan(_nano(*sizes), 1 << 20).memory.longest_sequence == 0
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=300, record=True, file=io.StringIO())
     print_plan(_nano(*sizes), plan, console)
     text = console.export_text()
     for words in ("stage 0 (most)", "share of stage 0", "Most of it: ", f"Longest sequence that fits: {longest:,} tok"):
