@@ -10,6 +10,7 @@ Run as a script: equivalence.py <configuration, unused> <file of cells as JSON>
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -444,6 +445,20 @@ def compare(cell: Cell) -> dict[str, Any]:
     }
 
 
+def forget_groups() -> None:
+    """End the process groups of a cell: each has threads, and hundreds of groups would slow down what comes later."""
+    from deepspeed.utils import groups
+    from torch.distributed import distributed_c10d
+
+    gc.collect()  # engines hold theirs in cycles
+    dist.barrier()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    groups._WORLD_GROUP = None
+    gc.collect()
+
+
 def main() -> None:
     cells = [Cell(**values) for values in json.loads(Path(sys.argv[2]).read_text())]
     topology.initialize(ParallelConfig(timeout_seconds=120))
@@ -456,6 +471,7 @@ def main() -> None:
         for cell in cells:
             started = time.perf_counter()
             found[cell.name] = compare(cell)
+            forget_groups()
             if dist.get_rank() == 0:
                 seconds = time.perf_counter() - started
                 worst = " ".join(f"{kind} {found[cell.name][kind]:.0e}" for kind in KINDS)
