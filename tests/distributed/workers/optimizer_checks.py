@@ -59,6 +59,12 @@ class SmallModel(nn.Module):
         self.limits: list[bool] = []
         self.documents: list[tuple[Tensor | None, Tensor | None]] = []
 
+    def spread_layers(self) -> Iterator[tuple[str, PKMLayer]]:
+        """As a decoder has them."""
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, PKMLayer)
+            yield f"pkm/block_{index}", block
+
     def forward(
         self,
         tokens_BT: Tensor,
