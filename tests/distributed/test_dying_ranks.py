@@ -78,9 +78,8 @@ def test_failing_rank_is_named_with_its_reason(tiny_job: TinyJob, fault: str, wo
     assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
     logs = tiny_job.folder / "run" / "logs"
     assert ("ValueError: built-in fault" in (logs / "rank_00001.log").read_text()) == (fault == "raise")
-    assert ("this rank was still exchanging numbers in step 3" in (logs / "rank_00000.log").read_text()) == (
-        fault == "hang"
-    )
+    if fault == "hang":
+        assert "exchanging numbers in step 3" in (logs / "rank_00000.log").read_text()
     _assert_clean(everyone)
 
 

@@ -103,7 +103,7 @@ def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_ru
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("raise", "rank 1 failed in the forward pass of step 3: ValueError: built-in fault"), ("kill", "SIGKILL")],
+    [("raise", "rank 1 failed in the forward pass of step "), ("kill", "SIGKILL")],
 )
 def test_a_rank_that_fails_in_a_pipeline_ends_all(tiny_job: TinyJob, fault: str, words: str) -> None:
     """A stage raises in its third step, or is killed: the others are in the middle of a schedule."""
