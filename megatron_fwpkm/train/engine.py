@@ -29,15 +29,26 @@ class EngineBundle:
     """The values of the PKM layers; none in a model without such layers."""
 
 
-def engine_settings(training: TrainingConfig, gradient_clipping: float) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping is always set: its default is 1.0, not off."""
+LARGEST_BUCKET = 40_000_000
+"""Most gradients that ZeRO gathers before it reduces them; Megatron-Core's buckets start from the same number."""
+
+
+def engine_settings(training: TrainingConfig, gradient_clipping: float, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a rank with so many elements in its parameters.
+
+    Clipping is always set: its default is 1.0, not off. So is the size of buckets, for which ZeRO makes room at the
+    first step: its default, 500 million elements, can be many times the model.
+    """
     bf16 = training.precision == "bf16"
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
         # Without ZeRO our optimizer clips: DeepSpeed would know neither the tables nor of steps that are not finite.
         "gradient_clipping": gradient_clipping if training.zero_stage else 0.0,
-        "zero_optimization": {"stage": training.zero_stage},
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            "reduce_bucket_size": max(1, min(parameters, LARGEST_BUCKET)),
+        },
         "zero_allow_untested_optimizer": True,
         # In bf16 DeepSpeed looks for non-finite gradients only when asked; in fp32 it always does.
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
@@ -59,6 +70,7 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
     import deepspeed
 
     groups = ParallelGroups()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     basic = build_optimizer(
         model,
         optimizer.learning_rate,
@@ -71,7 +83,7 @@ def build_training(model: nn.Module, optimizer: OptimizerConfig, training: Train
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=basic,
-            config=engine_settings(training, optimizer.gradient_clipping),
+            config=engine_settings(training, optimizer.gradient_clipping, trained),
             dist_init_required=False,
             # A pipeline brings its own groups, made of the same ranks.
             mpu=None if isinstance(model, deepspeed.PipelineModule) else groups,

@@ -214,7 +214,7 @@ def weight_bytes(parameters: Sequence[tuple[str, int]], training: TrainingConfig
     number = sum(sizes)
     if stage == 0:
         return WeightBytes(width * number, _FP32 * number, _MOMENTS * number, 0)
-    limits = _zero_limits(training)
+    limits = _zero_limits(training, number)
     if stage == 3:
         own = sum(-(-size // replicas) for size in sizes)
         persistent = sum(size for size in sizes if size <= limits.param_persistence_threshold)
@@ -235,11 +235,11 @@ def weight_bytes(parameters: Sequence[tuple[str, int]], training: TrainingConfig
     return WeightBytes(width * number, gradients, optimizer, width * limits.reduce_bucket_size)
 
 
-def _zero_limits(training: TrainingConfig) -> Any:
+def _zero_limits(training: TrainingConfig, parameters: int) -> Any:
     """DeepSpeed's settings as this job has them, its defaults filled in."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    return DeepSpeedZeroConfig(**engine_settings(training, 0.0)["zero_optimization"])
+    return DeepSpeedZeroConfig(**engine_settings(training, 0.0, parameters)["zero_optimization"])
 
 
 def _message_bytes(config: TrainConfig, shape: RankShape, stage: int, stages: int, flight: int, length: int) -> int:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 LIMITS = {"fp64": 1e-12, "fp32": 2e-5}
 
 
-@pytest.mark.parametrize(("processes", "layouts"), [(2, ("2sr",)), (4, ("2s",))])
+@pytest.mark.parametrize(("processes", "layouts"), [(2, ("2sr",)), (4, ("2sb",))])
 def test_every_stage_equals_plain_torch(tiny_job: TinyJob, processes: int, layouts: tuple[str, ...]) -> None:
     """Losses, global norms, gradients before the optimizer, weights after AdamW; a step that is not finite is skipped.
 

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -31,6 +32,7 @@ from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.step import Stepper
 
 VOCABULARY = 2048
+SETTLING_SECONDS = 10.0
 DRAW = torch.Generator()
 GRADIENTS = ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
 """What DeepSpeed's optimizers keep gradients in from step to step."""
@@ -143,6 +145,10 @@ class Storages:
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._found.values())
 
+    def largest(self, count: int = 6) -> list[int]:
+        """Bytes of so many, the largest first."""
+        return sorted((storage.nbytes() for storage in self._found.values()), reverse=True)[:count]
+
     def join(self, other: Storages) -> Storages:
         self._found |= other._found
         return self
@@ -160,6 +166,17 @@ def live_tensors(model: nn.Module) -> list[Tensor]:
     gc.collect()
     found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and type(thing).__name__ != "FakeTensor"]
     return [*found, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def settled(model: nn.Module, known: Storages, patience: float) -> Storages:
+    """Whatever else lives once gloo's threads have let go of what they sent, which they do shortly after it is sent."""
+    deadline = time.monotonic() + patience
+    while True:
+        others = storages(live_tensors(model), without=known)
+        if others.bytes < 0.01 * known.bytes or time.monotonic() > deadline:
+            return others
+        del others
+        time.sleep(0.01)
 
 
 # -- one case ---------------------------------------------------------------------------------------------------------
@@ -327,9 +344,9 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         )
         known.join(undo)
         found["written rows"] = undo.bytes
-        others = storages(live_tensors(model), without=known)
-        found["others"] = others.bytes
-        found["largest"] = sorted((s.nbytes() for s in others._found.values()), reverse=True)[:6]
+        # Stages of a pipeline have much else: their messages.
+        others = settled(model, known, SETTLING_SECONDS if config.parallel.pipeline == 1 else 0.0)
+        found["others"], found["largest"] = others.bytes, others.largest()
 
     def after_step() -> None:
         own = own_storages(model, bundle)
@@ -344,8 +361,6 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             .join(own["fast state"])
             .join(own["gradients"]),
         )
-        found["rest"] = rest.bytes
-        found["rest largest"] = sorted((s.nbytes() for s in rest._found.values()), reverse=True)[:6]
         before.append(rest)
 
     after_step()

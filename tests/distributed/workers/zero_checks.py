@@ -1,7 +1,7 @@
 """Training under ZeRO stages and tensor parallelism against one process in plain torch; prints relative errors.
 
 Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism,
-"r" for computing sublayers again in the backward pass.
+"r" for computing sublayers again in the backward pass, "b" for buckets of gradients that most weights do not fit in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.backend import TorchBackend, megatron_backend
 from megatron_fwpkm.parallel.settings import ParallelConfig
+from megatron_fwpkm.train import engine as engines
 from megatron_fwpkm.train.engine import build_training
 from megatron_fwpkm.train.optimizer import build_optimizer
 from megatron_fwpkm.train.settings import OptimizerConfig, TrainingConfig
@@ -34,6 +36,7 @@ RATES = [4e-3, 6e-3, 2e-3]
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, epsilon=1e-3, weight_decay=0.2, gradient_clipping=0.3, warmup_steps=0)
 KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
 MODEL = replace(CONFIG, window=4)
+SMALL_BUCKET = 300  # elements
 
 
 def batches() -> Iterator[TokenBatch]:
@@ -173,13 +176,13 @@ def main() -> None:
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
     found: dict[str, dict[str, float]] = {}
     for layout in sys.argv[2:]:
-        settings = {"tensor": int(layout.rstrip("sr")), "sequence_parallel": "s" in layout}
+        settings = {"tensor": int(layout.rstrip("srb")), "sequence_parallel": "s" in layout}
         ranks = topology.build_groups(ParallelConfig.model_validate({**settings, "timeout_seconds": 60}))
+        bucket = SMALL_BUCKET if "b" in layout else engines.LARGEST_BUCKET
         for stage, precision in KINDS:
-            errors = compare(
-                wanted["fp64" if precision == "fp64" else "fp32"],
-                train(ranks, stage, precision, recompute="r" in layout),
-            )
+            with mock.patch.object(engines, "LARGEST_BUCKET", bucket):
+                trained = train(ranks, stage, precision, recompute="r" in layout)
+            errors = compare(wanted["fp64" if precision == "fp64" else "fp32"], trained)
             every: list[dict[str, float]] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, errors)
             found[f"{layout} ZeRO-{stage} {precision}"] = {key: max(one[key] for one in every) for key in errors}
