@@ -63,7 +63,7 @@ test-unit: setup ## Run the tests that need one process
 	$(UNIT_ENV) $(VENV_PYTHON) -m pytest -m 'not distributed' $(ARGS)
 
 test-distributed: setup ## Run the tests that start several processes
-	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist $(ARGS) || [[ $$? == 5 ]] # 5: none selected
+	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist --durations=20 $(ARGS) || [[ $$? == 5 ]] # 5: none selected
 
 matrix: setup ## Train in every layout and compare with one rank; writes docs/matrix.md
 	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m tests.distributed.run_matrix

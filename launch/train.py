@@ -25,6 +25,12 @@ def main(
         "--device-memory",
         help="With --dry-run: memory of one GPU, as 80GiB; tells whether the job fits and how long sequences may be.",
     ),
+    processes: int = typer.Option(
+        None,
+        "--processes",
+        min=1,
+        help="With --dry-run: processes of a job that a launcher starts, on many machines.",
+    ),
     local_rank: int = typer.Option(0, "--local_rank", hidden=True, help="Given by the deepspeed launcher; unused."),
 ) -> None:
     """Train. Under torchrun or the deepspeed launcher this is one process of the job; otherwise it starts them."""
@@ -35,7 +41,7 @@ def main(
     with ending_with_a_status():
         settings = load_train_config(config, overrides or [])
         if dry_run:
-            _print_plan(settings, device_memory)
+            _print_plan(settings, device_memory, processes)
             return
         from megatron_fwpkm.terminal import print_line
         from megatron_fwpkm.train.job import check_run_directory, run_job
@@ -52,12 +58,12 @@ def main(
         raise typer.Exit(status)
 
 
-def _print_plan(settings: "TrainConfig", device_memory: str | None) -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
+def _print_plan(settings: "TrainConfig", device_memory: str | None, processes: int | None) -> None:  # type: ignore[name-defined]  # noqa: F821 - imported late
     from megatron_fwpkm.terminal import new_console
     from megatron_fwpkm.train.dry_run import make_plan, parse_bytes, print_plan
 
     size = None if device_memory is None else parse_bytes(device_memory)
-    print_plan(settings, make_plan(settings, size), new_console())
+    print_plan(settings, make_plan(settings, size, processes), new_console())
 
 
 if __name__ == "__main__":

@@ -91,12 +91,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"{error}; lower optimizer.warmup_steps or optimizer.wsd_decay_fraction, or raise training.steps"
             ) from error
-        replicas = max(1, self.parallel.processes // (self.parallel.tensor * self.parallel.pipeline))
-        if self.evaluation.sequences < replicas * self.training.micro_batch_size:
-            raise ValueError(
-                f"evaluation.sequences ({self.evaluation.sequences}) must be at least the number of replicas x "
-                f"training.micro_batch_size ({replicas} x {self.training.micro_batch_size})"
-            )
+        check_evaluation(self, max(1, self.parallel.processes // (self.parallel.tensor * self.parallel.pipeline)))
         return self
 
     @model_validator(mode="after")
@@ -115,6 +110,15 @@ class TrainConfig(Section):
                 f"microbatches; with parallel.pipeline ({parallel.pipeline}) above 1 set training.zero_stage to 0 or 1"
             )
         return self
+
+
+def check_evaluation(config: TrainConfig, replicas: int) -> None:
+    """Raise ValueError, naming the numbers, unless each replica has a batch of held-out sequences."""
+    if config.evaluation.sequences < replicas * config.training.micro_batch_size:
+        raise ValueError(
+            f"evaluation.sequences ({config.evaluation.sequences}) must be at least the number of replicas x "
+            f"training.micro_batch_size ({replicas} x {config.training.micro_batch_size})"
+        )
 
 
 def check_memories(config: TrainConfig, together: int) -> None:

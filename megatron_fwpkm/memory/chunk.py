@@ -165,7 +165,10 @@ def sequences(batch: int, memories: int, group: MemoryGroup) -> int:
 def write_scale(
     mask_BC: Tensor | None, batch: int, span: ChunkSpan, memories: int, config: MemoryConfig, group: MemoryGroup = LOCAL
 ) -> float | Tensor:
-    """samples * K * H / pairs of semantics A.6, of each memory with rows here: a number; with a mask [tables * M]."""
+    """samples * K * H / pairs of semantics A.6, of each memory with rows here: a number; with a mask [tables * M].
+
+    All ranks have a mask, or none: they count its tokens together.
+    """
     pairs = sequences(batch, memories, group) * span.pairs
     if pairs == 0:
         return 0.0

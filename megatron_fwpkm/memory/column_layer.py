@@ -22,6 +22,7 @@ from megatron_fwpkm.memory.chunk import ChunkSpan
 from megatron_fwpkm.memory.config import MemoryConfig
 from megatron_fwpkm.memory.division import TokenDivision
 from megatron_fwpkm.memory.fwpkm_layer import FwPKMLayer, zscore
+from megatron_fwpkm.memory.inputs import check_loss_mask
 from megatron_fwpkm.memory.placement import Placement
 from megatron_fwpkm.memory.sharding import column_share
 from megatron_fwpkm.memory.tokens import added_over, summed_over
@@ -152,11 +153,12 @@ class ColumnFwPKMLayer(FwPKMLayer):
         """Queries of own tokens, vectors of all, in this rank's columns."""
         if self.trace is not None:
             raise ValueError("a trace is of one call on one rank: set trace = None for divided tokens or documents")
+        shape = self._batch_shape(hidden_BTE)
+        check_loss_mask(mask_BT, shape)
         division = self._divide(hidden_BTE, documents_BT)
         assert isinstance(division, ColumnDivision)
         rows_XE = division.enter(hidden_BTE.flatten(0, 1))
         query_YHk = division.to_own(self._query(rows_XE))
-        shape = self._batch_shape(hidden_BTE)
         gate_BT = division.to_all(self._gate(rows_XE).unsqueeze(1)).view(shape)
         value_BTD = self._value(hidden_BTE)
         read_BTD = torch.zeros_like(value_BTD)

@@ -80,7 +80,8 @@ def draw_part(
 ) -> None:
     """Fill a rank's rows or columns with those of a whole table, drawn line by line: the whole may not fit here.
 
-    A line are the slots of one first sub-key; `owned_N` None stands for all slots.
+    A line are the slots of one first sub-key; `owned_N` None stands for all slots, others are those of
+    `routing.owned_slots`, which has equally many places for each line.
     """
     n, width = config.n_subkeys, config.v_dim
     # The generator makes 16 normal numbers at a time: longer lines of other lengths would come out differently.
@@ -93,8 +94,9 @@ def draw_part(
         if owned_N is None:
             table[first * n : (first + lines) * n] = drawn
             continue
-        places = ((owned_N >= first * n) & (owned_N < (first + lines) * n)).nonzero().view(-1)
-        table[places] = drawn[owned_N[places] - first * n]
+        places = slice(first * len(owned_N) // n, (first + lines) * len(owned_N) // n)
+        there = owned_N[places] >= 0
+        table[places][there] = drawn[owned_N[places][there] - first * n]
 
 
 class FastState:
@@ -128,9 +130,9 @@ class FastState:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the fast state is float32 (or float64 in tests), not {dtype}")
         self.config = config
-        if not 0 <= rank < ranks <= config.n_subkeys:
-            raise ValueError(f"rank {rank} of {ranks}: slots of {config.n_subkeys} sub-keys go to 1 to that many ranks")
         by_slots = ranks > 1 and sharding == "slots"
+        if not 0 <= rank < ranks or (by_slots and ranks > config.n_subkeys):
+            raise ValueError(f"rank {rank} of {ranks}: slots of {config.n_subkeys} sub-keys go to 1 to that many ranks")
         self.owned = owned_slots(config.n_subkeys, rank, ranks) if by_slots else None
         """Slots of the rows, -1 for a row that is none's; None for all in order."""
         by_columns = sharding == "columns"

@@ -28,9 +28,10 @@ from megatron_fwpkm.memory.exchange import RankGroup
 from megatron_fwpkm.memory.fast_state import FastState
 from megatron_fwpkm.memory.functional import fast_memory
 from megatron_fwpkm.memory.groups import make_memory_group
+from megatron_fwpkm.memory.inputs import check_loss_mask
 from megatron_fwpkm.memory.norms import RMSNorm
 from megatron_fwpkm.memory.placement import ALONE, Placement
-from megatron_fwpkm.memory.routing import MemoryGroup
+from megatron_fwpkm.memory.routing import MemoryGroup, count_owned_slots
 from megatron_fwpkm.memory.statistics import MemoryStatistics
 from megatron_fwpkm.memory.tokens import added_over
 from megatron_fwpkm.memory.traffic import Traffic
@@ -137,14 +138,17 @@ class FwPKMLayer(nn.Module):
         policy `per_document` needs `documents_BT`, numbers that tell the documents of a sequence apart; others
         take no notice of it.
 
-        Over several ranks all call this together. Under sequence parallelism hidden states are [B, T / R, E], this
-        rank's stretch of every sequence; mask and documents are of all T tokens, everywhere.
+        Over several ranks all call this together, with batches of one size, and all or none with a mask. Under
+        sequence parallelism hidden states are [B, T / R, E], this rank's stretch of every sequence; mask and documents
+        are of all T tokens, everywhere.
 
         Raises:
-            ValueError: wrong shapes or dtypes (see `fast_memory`), no documents where the policy needs them, or
-                documents where several replicas write one memory.
+            ValueError: wrong shapes or dtypes (see `fast_memory`), no documents where the policy needs them,
+                documents where several replicas write one memory, or a cache under sequence parallelism.
         """
         divided = self.placement.tensor_ranks > 1
+        if cache is not None and divided and self.sequence_parallel:
+            raise ValueError("a cache is for ranks that all have all tokens: set sequence_parallel = False for a while")
         if cache is not None or not (self.memory_reads or divided):
             query, value, gate = self._project(hidden_BTE)
             read = torch.zeros_like(value)
@@ -187,6 +191,7 @@ class FwPKMLayer(nn.Module):
         """Each rank on its own tokens of every chunk of every call; rows of tokens, X outside and Y inside."""
         if self.trace is not None:
             raise ValueError("a trace is of one call on one rank: set trace = None for divided tokens or documents")
+        check_loss_mask(mask_BT, self._batch_shape(hidden_BTE))
         division = self._divide(hidden_BTE, documents_BT)
         rows_XE = division.enter(hidden_BTE.flatten(0, 1))
         query, value, gate = self._project(rows_XE)
@@ -210,8 +215,9 @@ class FwPKMLayer(nn.Module):
         key = (hidden_BTE.shape, hidden_BTE.device, self.sequence_parallel)
         if self._division is None or self._division[0] != key:
             batch, tokens = self._batch_shape(hidden_BTE)
-            call_BT = torch.arange(batch * tokens).view(batch, tokens)
-            self._division = key, self._make_division([call_BT], (batch, tokens), hidden_BTE.device)
+            with torch.inference_mode(False):  # kept: autograd must be able to use it later
+                call_BT = torch.arange(batch * tokens).view(batch, tokens)
+                self._division = key, self._make_division([call_BT], (batch, tokens), hidden_BTE.device)
         return self._division[1]
 
     def _make_division(self, calls: list[Tensor], shape: tuple[int, int], device: torch.device) -> TokenDivision:
@@ -319,9 +325,12 @@ class FwPKMLayer(nn.Module):
 
     def num_parameters(self) -> ParameterCount:
         """Slow: projections and norms; fast: sub-keys and values, of which a token takes all sub-keys and its rows."""
-        slow, keys = sum(p.numel() for p in self.parameters()), self.fast_state.keys_H2nd.numel()
-        rows = self.config.reads_per_token * self.config.v_dim
-        return ParameterCount(slow, keys + self.fast_state.table_ND.numel(), slow + keys + rows)
+        slow, state, placement = sum(p.numel() for p in self.parameters()), self.fast_state, self.placement
+        keys, slots = state.keys_H2nd.numel(), self.config.num_slots
+        if state.owned is not None:
+            slots = count_owned_slots(self.config.n_subkeys, placement.memory_rank, placement.memory_ranks)
+        read = self.config.reads_per_token * self.config.v_dim // placement.memory_ranks
+        return ParameterCount(slow, keys + slots * state.v_dim, slow + keys + read)
 
     def num_flops_per_token(self, sequence_length: int = 0) -> int:
         """Operations of forward and backward per token (a multiply-add is two), at any sequence length."""

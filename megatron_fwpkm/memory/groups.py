@@ -17,9 +17,15 @@ def make_memory_group(placement: Placement, config: MemoryConfig, *, apart: bool
     `apart` is for memories that each sequence has one of: replicas' batches then don't write together.
 
     Raises:
-        ValueError: columns over several replicas' ranks, or that don't divide; more ranks than sub-keys.
+        ValueError: columns over several replicas' ranks, or that don't divide; more ranks than sub-keys; a memory
+            group that does not hold whole tensor groups.
     """
     group = placement.memory_group
+    if placement.memory_ranks % placement.tensor_ranks:
+        raise ValueError(
+            f"a memory over {placement.memory_ranks} ranks for batches that {placement.tensor_ranks} ranks share: the "
+            "memory group must hold the tensor group, or several of them"
+        )
     if group is None or placement.memory_ranks == 1:
         return LOCAL
     options = {

@@ -68,11 +68,8 @@ def check_inputs(
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} to go with the query")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask has dtype {mask.dtype}; expected torch.bool, true where a token may be written "
-            "(an additive attention mask is no loss mask)"
-        )
+    if mask is not None:
+        check_mask_type(mask)
     for name, tensor in (("query", query), ("target", target), ("gate", gate)):
         if tensor is None:
             continue
@@ -93,6 +90,26 @@ def check_inputs(
         raise ValueError(
             f"{view.memories} memories, one for each sequence, can't be written by {expected.group.batches} replicas' "
             "batches together: make the memory group with apart=True"
+        )
+
+
+def check_loss_mask(mask_BT: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless a layer's mask is bool and of all its tokens, before it is divided among ranks."""
+    if mask_BT is None:
+        return
+    if tuple(mask_BT.shape) != shape:
+        raise ValueError(
+            f"the loss mask has shape {tuple(mask_BT.shape)}; expected {shape}, that of all tokens on every rank"
+        )
+    check_mask_type(mask_BT)
+
+
+def check_mask_type(mask: Tensor) -> None:
+    """Raise ValueError unless a mask is bool."""
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask has dtype {mask.dtype}; expected torch.bool, true where a token may be written "
+            "(an additive attention mask is no loss mask)"
         )
 
 

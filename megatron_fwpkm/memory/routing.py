@@ -199,6 +199,11 @@ def owned_slots(n_subkeys: int, rank: int, ranks: int) -> Tensor:
     return torch.where(second < n_subkeys, first.unsqueeze(1) * n_subkeys + second, -1).flatten()
 
 
+def count_owned_slots(n_subkeys: int, rank: int, ranks: int) -> int:
+    """Slots that a rank owns."""
+    return sum(len(range((rank - first) % ranks, n_subkeys, ranks)) for first in range(n_subkeys))
+
+
 def own_columns(v_dim: int, rank: int, ranks: int) -> slice:
     """The columns of values that a rank has. Raises ValueError where they don't divide."""
     if v_dim % ranks:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_fwpkm.memory.config import MemoryConfig, MemoryConfigError
 from megatron_fwpkm.memory.fast_state import draw_part
-from megatron_fwpkm.memory.routing import owned_slots
+from megatron_fwpkm.memory.routing import count_owned_slots, owned_slots
 
 
 class SlowTable:
@@ -42,8 +42,7 @@ class SlowTable:
     @property
     def num_slots(self) -> int:
         """Slots of this rank; where R does not divide the sub-keys some rows of the table are nobody's."""
-        n = self.config.n_subkeys
-        return sum(len(range((self.rank - first) % self.ranks, n, self.ranks)) for first in range(n))
+        return count_owned_slots(self.config.n_subkeys, self.rank, self.ranks)
 
     @torch.no_grad()
     def draw(self) -> None:

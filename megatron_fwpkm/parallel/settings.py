@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_fwpkm.memory.placement import Routing, Sharding
 from megatron_fwpkm.section import Section
@@ -13,7 +14,7 @@ from megatron_fwpkm.section import Section
 class MemoryLayoutConfig(Section):
     """How memories are spread over ranks."""
 
-    group: str = Field(default="tp", pattern=r"^(tp|tp_dp_[1-9][0-9]*)$")
+    group: str = "tp"
     """Ranks that one memory's slots are spread over: "tp", a replica's tensor-parallel ranks; or "tp_dp_N", those of N
     replicas, whose batches then write one memory together."""
     replicas: Literal["independent", "synced"] = "independent"
@@ -28,6 +29,13 @@ class MemoryLayoutConfig(Section):
     def group_replicas(self) -> int:
         """N of "tp_dp_N"; 1 of "tp"."""
         return 1 if self.group == "tp" else int(self.group.removeprefix("tp_dp_"))
+
+    @field_validator("group")
+    @classmethod
+    def _check_group(cls, group: str) -> str:
+        if not re.fullmatch(r"tp|tp_dp_[1-9][0-9]*", group):
+            raise ValueError("it is tp, a replica's tensor-parallel ranks, or tp_dp_N, those of N replicas, as tp_dp_4")
+        return group
 
     @model_validator(mode="after")
     def _check(self) -> MemoryLayoutConfig:

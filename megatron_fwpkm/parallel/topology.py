@@ -143,7 +143,7 @@ def build_groups(layout: ParallelConfig) -> Topology:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         order=RANK_ORDER,
-        distributed_timeout_minutes=max(1, layout.timeout_seconds // 60),
+        distributed_timeout_minutes=layout.timeout_seconds / 60,  # type: ignore[arg-type]  # fractions will do
         create_gloo_process_groups=False,
     )
     return Topology(
@@ -218,6 +218,26 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def end_groups() -> None:
+    """End all process groups but that of all ranks; all ranks call this together, and have dropped what used them.
+
+    For programs that build one layout after another: every group has threads of its own, and those of hundreds of
+    groups would take more time than the work.
+    """
+    from deepspeed.utils import groups
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    gc.collect()  # engines are in cycles
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    groups.mpu = groups._WORLD_GROUP = None
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()
 
 
 def agree_on_errors(action: Callable[[], Result], what: str) -> Result:

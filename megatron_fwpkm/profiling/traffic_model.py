@@ -1,7 +1,7 @@
 """What a memory group sends, from its sizes: the formulas of docs/sharding.md, and a model of the time that takes.
 
 Letters: R ranks, B sequences, C tokens of a chunk, S = B * ceil(C / R) the largest share, P = heads * topk, D = v_dim,
-n sub-keys, k = k_dim, w bytes of a number, i bytes of an id (4 up to 2^31 slots).
+n sub-keys, k = k_dim, w bytes of a number, i bytes of an id (4 up to 2^31 slots, or rows of an owner).
 """
 
 from __future__ import annotations
@@ -76,11 +76,12 @@ def expected_bytes(
         total["backward"] += cost.to_rows + cost.reads + (0 if last else cost.to_tokens)
         total["backward"] += keys if index else 0
         total["backward"] += 0 if last else usage
-        if not config.values_only:
+        if not config.values_only and length > config.lookahead:
             total["keys"] += cost.reads
-            # The slope again, its cotangents to the rows, and what the rows make of them.
-            total["backward"] += 0 if last else 2 * cost.reads + cost.slope
-    if kind == "columns":
+            # The slope again; with exact gradients its cotangents to the rows, and what the rows make of them.
+            exact = config.key_gradient == "exact"
+            total["backward"] += 0 if last else cost.reads + exact * (cost.reads + cost.slope)
+    if kind == "columns" and config.weigh_write_by_gate:
         total["backward"] += ring(batch * sum(lengths), ranks, width)
     return +total
 
@@ -101,7 +102,9 @@ class _Costs:
 
 
 def _chunk_costs(kind: Kind, config: MemoryConfig, share: int, far: Remote, ranks: int, width: int) -> _Costs:
-    ident = id_type(config.num_slots).itemsize
+    # Sent to its owner, a slot goes as one of the owner's rows.
+    ids = Owners(config.n_subkeys, ranks).rows if kind in ("dynamic", "rows") else config.num_slots
+    ident = id_type(ids).itemsize
     reads_per_token, vector = config.reads_per_token, config.v_dim * width
     even = ranks * (ranks - 1)
     if kind == "dynamic":

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_fwpkm.config import differing_keys
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.files import strict_json, sync_path, write_atomically
@@ -108,7 +110,8 @@ class CheckpointStore:
         """
         target = self._folder / f"step_{state.step:08d}"
         partial = self._folder / f".{target.name}.partial"
-        exists = on_leader(lambda: self._clear_for(target, partial), "preparing a checkpoint")
+        needed = self._estimated_bytes()
+        exists = on_leader(lambda: self._clear_for(target, partial, needed), "preparing a checkpoint")
         if not exists:
             try:
                 agree_on_errors(lambda: self._write(partial, state), "writing a checkpoint")
@@ -165,14 +168,13 @@ class CheckpointStore:
             lines.append(f"checkpoint {name} is damaged ({text}): renamed to {kept.name}, going on from {whole}")
         return lines
 
-    def _clear_for(self, target: Path, partial: Path) -> bool:
+    def _clear_for(self, target: Path, partial: Path, needed: int) -> bool:
         """Make room for a checkpoint; True if it is there already. Raises UserError when the disk is too full."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.glob(".step_*.partial"):
             shutil.rmtree(leftover)
         if target.exists():
             return True
-        needed = self._estimated_bytes()
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(
@@ -226,13 +228,20 @@ class CheckpointStore:
         return state
 
     def _estimated_bytes(self) -> int:
-        """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state."""
+        """Upper estimate of a checkpoint: weights, fp32 copy and two moments, and every replica's fast state.
+
+        All ranks call this together, since those of a pipeline's stages have unevenly much.
+        """
         # With ZeRO-3 a parameter is empty and knows its size.
         weights = [weight for _, weight in named_slow_weights(self._model)]
         numbers = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
-        slow = numbers * 16 * self._topology.world_size // self._topology.replicas
         fast = sum(state.num_bytes for _, state in self._model.fast_states())
-        return slow + self._topology.world_size * fast + (1 << 20)
+        own = numbers * 16 // self._topology.replicas + fast
+        every = [own]
+        if self._topology.world_size > 1:
+            every = every * self._topology.world_size
+            dist.all_gather_object(every, own)
+        return sum(every) + (1 << 20)
 
 
 def _commit(partial: Path, target: Path, description: dict[str, dict[str, Any]]) -> None:

@@ -99,12 +99,13 @@ class Plan:
         return self.flops_per_token * self.tokens_per_step * self.steps
 
 
-def make_plan(config: TrainConfig, device_memory: int | None = None) -> Plan:
-    """Account for a job, on GPUs with so many bytes of memory each or on this machine.
+def make_plan(config: TrainConfig, device_memory: int | None = None, processes: int | None = None) -> Plan:
+    """Account for a job of so many processes, on GPUs with so many bytes of memory each or on this machine.
 
-    Raises UserError if the number of processes doesn't fit the layout.
+    Without a number the processes are those of the launcher that has started this one, or else those that the
+    configuration asks for. Raises UserError if they don't fit the layout.
     """
-    processes = int(os.environ.get("WORLD_SIZE", config.parallel.processes))
+    processes = processes or int(os.environ.get("WORLD_SIZE", config.parallel.processes))
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
     check_processes(config, processes)
     replicas = processes // (tensor * stages)

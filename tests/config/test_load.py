@@ -159,6 +159,7 @@ def test_differing_keys_are_dotted() -> None:
         (["model.mixers=[gated_delta_net]", "model.delta_net={key_heads: 3, value_heads: 3}"], "key_heads (3)"),
         (["parallel.sequence_parallel=true", "data.sequence_length=129"], "data.sequence_length (129)"),
         (["parallel.memory.sharding=columns", "model.memory.v_dim=129"], "model.memory.v_dim (129)"),
+        (["parallel.memory.group=tp_3"], "it is tp, a replica's tensor-parallel ranks, or tp_dp_N"),
         (["parallel.memory.group=tp_dp_20", "model.memory.n_subkeys=32"], "n_subkeys (32) must be at least .* (40)"),
         (["model.pkm_layers=[0]", "model.pkm.n_subkeys=1", "model.pkm.topk=1"], "model.pkm.n_subkeys (1) must be at"),
         (

@@ -79,45 +79,46 @@ class Cell:
 
 TOLERANCES = {"float32": 2e-5, "float64": 1e-9}
 """Of every tensor, normwise."""
-KINDS = ("loss", "gradients", "weights", "states")
+KINDS = ("loss", "norm", "gradients", "weights", "states")
 SMALLEST_MARGIN = 1e-4
 """By which every slot is chosen in a cell."""
-LARGEST_ROUNDING = 2.5e-6
-"""Of one rank's float32 in any tensor."""
+LARGEST_ROUNDING = 1e-5
+"""Of one rank's float32 in any tensor, whatever the last bits."""
 SEEDS: dict[str, int] = {
-    "DP1 x1": 11,
-    "DP1 x1 documents": 28,
-    "DP1 x1 incidents": 30,
-    "DP1 x1 one_owner": 13,
-    "DP1 x1 optimizer=sgd": 24,
+    "DP1 x1": 2,
+    "DP1 x1 documents": 8,
+    "DP1 x1 incidents": 8,
+    "DP1 x1 one_owner": 1,
+    "DP1 x1 optimizer=sgd": 2,
     "DP1 x1 reset=per_document documents": 13,
     "DP1 x1 reset=per_sequence": 4,
-    "DP1 x1 tied=False": 9,
-    "DP1 x2": 56,
-    "DP1 x2 optimizer=sgd": 74,
-    "DP1 x2 reset=per_step": 1,
-    "DP1 x4": 22,
-    "DP2 x1": 23,
-    "DP2 x1 documents": 3,
-    "DP2 x1 incidents": 4,
-    "DP2 x1 memory_replicas=synced": 16,
-    "DP2 x1 memory_replicas=synced documents": 33,
-    "DP2 x1 memory_replicas=synced incidents": 16,
-    "DP2 x1 memory_replicas=synced one_owner": 10,
-    "DP2 x1 memory_replicas=synced optimizer=sgd": 15,
-    "DP2 x1 memory_replicas=synced reset=per_sequence": 25,
-    "DP2 x1 memory_replicas=synced tied=False": 21,
-    "DP2 x1 one_owner": 3,
-    "DP2 x1 optimizer=sgd": 4,
-    "DP2 x1 reset=per_document documents": 4,
-    "DP2 x1 reset=per_sequence": 4,
-    "DP2 x1 tied=False": 13,
-    "DP2 x2": 52,
-    "DP2 x2 memory_replicas=synced": 40,
-    "DP2 x2 memory_replicas=synced optimizer=sgd": 15,
-    "DP2 x2 memory_replicas=synced reset=per_step": 13,
-    "DP2 x2 optimizer=sgd": 8,
-    "DP2 x2 reset=per_step": 14,
+    "DP1 x1 tied=False": 3,
+    "DP1 x2": 14,
+    "DP1 x2 optimizer=sgd": 2,
+    "DP1 x2 reset=per_step": 5,
+    "DP1 x4": 9,
+    "DP1 x6": 47,
+    "DP2 x1": 32,
+    "DP2 x1 documents": 7,
+    "DP2 x1 incidents": 3,
+    "DP2 x1 memory_replicas=synced": 20,
+    "DP2 x1 memory_replicas=synced documents": 1,
+    "DP2 x1 memory_replicas=synced incidents": 10,
+    "DP2 x1 memory_replicas=synced one_owner": 9,
+    "DP2 x1 memory_replicas=synced optimizer=sgd": 4,
+    "DP2 x1 memory_replicas=synced reset=per_sequence": 23,
+    "DP2 x1 memory_replicas=synced tied=False": 13,
+    "DP2 x1 one_owner": 5,
+    "DP2 x1 optimizer=sgd": 1,
+    "DP2 x1 reset=per_document documents": 17,
+    "DP2 x1 reset=per_sequence": 23,
+    "DP2 x1 tied=False": 18,
+    "DP2 x2": 2,
+    "DP2 x2 memory_replicas=synced": 22,
+    "DP2 x2 memory_replicas=synced optimizer=sgd": 14,
+    "DP2 x2 memory_replicas=synced reset=per_step": 26,
+    "DP2 x2 optimizer=sgd": 7,
+    "DP2 x2 reset=per_step": 40,
 }
 """Found by find_seeds.py."""
 
@@ -160,6 +161,7 @@ def all_cells(processes: Iterable[int] = (1, 2, 4)) -> list[Cell]:
         {"tensor": 4, "sequence_parallel": True},
         {"tensor": 2, "sequence_parallel": True, "sharding": "columns"},
         {"pipeline": 2},
+        {"pipeline": 4},
         {"pipeline": 2, "tensor": 2, "sequence_parallel": True},
         {"replicas": 2},
         {"replicas": 2, "tensor": 2, "memory_replicas": "synced"},
@@ -178,7 +180,7 @@ def all_cells(processes: Iterable[int] = (1, 2, 4)) -> list[Cell]:
     both = [Cell(**{**layout, **what}) for layout in layouts for what in unusual]
     cells += [cell for cell in both if cell.valid]
     cells += [Cell(pipeline=2, accumulation=4, precision="float64", zero=0), Cell(pipeline=2, accumulation=4)]
-    cells.append(Cell(tensor=2, pipeline=2, replicas=2, sequence_parallel=True, accumulation=2))
+    cells += [Cell(pipeline=4, accumulation=4, zero=0), Cell(pipeline=4, accumulation=6)]
     assert all(cell.valid for cell in cells)
     wanted = [cell for cell in cells if cell.processes in set(processes)]
     return [dataclasses.replace(cell, seed=SEEDS.get(seed_key(cell), cell.seed)) for cell in wanted]

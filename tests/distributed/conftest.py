@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.distributed.fork_server import ANSWER
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
 
@@ -64,6 +66,74 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
 WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
 
 
+def environment() -> dict[str, str]:
+    """Of processes that tests start: the library on their path, and one thread each."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+class Forks:
+    """The server that starts the ranks of workers."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, script: Path, arguments: list[str], processes: int, output: Path) -> list[int]:
+        """Exit codes of the ranks of a script. Whatever goes wrong, or takes too long, ends server and ranks."""
+        request: dict[str, Any] = {"script": str(script), "arguments": arguments, "processes": processes}
+        request.update(environment=environment(), output=str(output))
+        try:
+            if self._server is None or self._server.poll() is not None:
+                self.start()
+            assert self._server is not None and self._server.stdin is not None
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            codes: list[int] = json.loads(self._answer())
+        except BaseException:  # a test's timeout, too
+            self.end()
+            raise
+        return codes
+
+    def start(self) -> None:
+        """Begin to import libraries; does not wait for that."""
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.fork_server"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _answer(self) -> str:
+        """The next one."""
+        assert self._server is not None and self._server.stdout is not None
+        for line in self._server.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise AssertionError("the server that starts ranks has ended")
+
+    def end(self) -> None:
+        """Kill the server and its ranks."""
+        if self._server is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+
+FORKS = Forks()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks() -> Iterator[None]:
+    """The server lives from before the first test, whose children end with it, to after the last."""
+    FORKS.start()
+    yield
+    FORKS.end()
+
+
 class TinyJob:
     """A configuration in a folder of its own, and ways to start it."""
 
@@ -78,14 +148,9 @@ class TinyJob:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """Start a command in a session of its own, with the library on its path."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "OMP_NUM_THREADS": "1",
-        }
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -122,12 +187,13 @@ class TinyJob:
 
     def worker(self, name: str, *arguments: str, processes: int = 2) -> Any:
         """Run a script of workers/ in several processes; returns the JSON of its last line."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         script = Path(__file__).parent / "workers" / name
-        process = self.start(*launcher, str(script), str(self.config), *arguments)
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-        assert process.returncode == 0, output
-        return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        output = self.folder / f"{script.stem}.txt"
+        output.unlink(missing_ok=True)
+        codes = FORKS.run(script, [str(self.config), *arguments], processes, output)
+        text = output.read_text(errors="replace")
+        assert not any(codes), f"exit codes {codes}\n{text}"
+        return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
 
     def records(self, run: str = "run") -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""

@@ -120,6 +120,25 @@ def test_rank_lost_in_an_exchange_ends_all_with_the_phase(
     _assert_clean(everyone)
 
 
+def test_a_rank_lost_among_four_ends_all(tiny_job: TinyJob) -> None:
+    """Its tensor-parallel peer waits in the same exchange, the next stage for a message."""
+    layout = (*TENSOR, *STAGES, "parallel.processes=4", "model.memory_layers=[0,1]")
+    phase = "in the forward pass of step 3 (memory of block 0)"
+    overrides = (ENDLESS[0], "logging.every=100000", *layout)
+    process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), f"die@{phase}", *overrides)
+    tiny_job.wait_for_step(2, process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count("error: ") == 1 and "Traceback" not in output, output
+    assert "rank 1 was ended by SIGKILL (status -9), while rank " in output, output
+    logs = [(tiny_job.folder / "run" / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (0, 2, 3)]
+    assert f"this rank was {phase}" in logs[0], logs[0]
+    for log in logs:
+        assert "ended because rank 1" in log and "this rank was " in log, log
+    _assert_clean(everyone)
+
+
 def test_sub_keys_that_differ_on_one_rank_end_all(tiny_job: TinyJob) -> None:
     """One bit of one rank's copy, found at the next comparison, with block and rank."""
     overrides = (*ENDLESS, *TENSOR, "parallel.check_keys_every=1")

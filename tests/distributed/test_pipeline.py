@@ -18,7 +18,11 @@ from tests.distributed.conftest import TIMEOUT_SECONDS, TinyJob
 pytestmark = pytest.mark.distributed
 SCRIPT = "pipeline_checks.py"
 FAULTY = str(Path(__file__).parent / "workers" / "faulty_job.py")
-STAGES = ("parallel.pipeline=2", "training.gradient_accumulation=3", "model.memory_layers=[0,1]", "evaluation.every=3")
+STAGES = (
+    *("parallel.pipeline=2", "training.gradient_accumulation=3", "evaluation.every=3", "model.layers=3"),
+    *("model.memory_layers=[0,2]", "model.pkm_layers=[1]", "optimizer.gradient_clipping=0.5"),
+    "model.pkm={heads: 1, topk: 2, n_subkeys: 16, k_dim: 16, v_dim: 16}",
+)
 NOT_FINITE = {"applied": [True, False, True], "unchanged": True, "changed_later": True, "good": True}
 
 
@@ -50,10 +54,10 @@ def numbers(records: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def same_checkpoint(one: Path, other: Path) -> bool:
-    """Whether slow weights and fast states are the same bits."""
+    """Whether slow weights, tables and fast states are the same bits."""
     states = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
     layers = sorted(path.relative_to(one) for path in one.glob("slow/layer_*.pt"))
-    assert len(states) == 2 and len(layers) == 4
+    assert len(states) == 3 and len(layers) == 5  # two memories and a table; embedding, blocks and head
     pairs = [(load_file(one / name), load_file(other / name)) for name in states]
     pairs += [(torch.load(one / name), torch.load(other / name)) for name in layers]
     return all(  # Megatron's layers save states of theirs that are None
@@ -82,8 +86,11 @@ def test_a_job_of_two_stages_trains_and_measures_as_one_process(tiny_job: TinyJo
     assert [record["step"] for record in records] == [1, 2, 3, 3]
     for record, staged in zip(records, numbers(staged_run.records()), strict=False):
         assert record.keys() == staged.keys()
-        for name in ("train/loss", "evaluation/loss", "memory/block_0/memory_loss", "memory/block_1/memory_loss"):
+        memories = [f"memory/block_{index}/memory_loss" for index in (0, 2)]
+        for name in ("train/loss", "train/gradient_norm", "evaluation/loss", *memories):
             assert staged.get(name, 0) == pytest.approx(record.get(name, 0), rel=2e-5), name
+        if "train/loss" in record:  # what the tables contribute to the norm counts on every stage
+            assert record["train/gradient_norm"] > 0.5 and all(name in record for name in memories)
 
 
 def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_run: TinyJob) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fwpkm.memory import FastState, MemoryConfig
+from megatron_fwpkm.memory import FastState, FwPKMLayer, MemoryConfig
 from megatron_fwpkm.memory.chunk import chunk_bounds
-from megatron_fwpkm.memory.exchange import pack, unpack
-from megatron_fwpkm.memory.routing import owned_slots
+from megatron_fwpkm.memory.exchange import id_type, pack, unpack
+from megatron_fwpkm.memory.routing import count_owned_slots, owned_slots
 from megatron_fwpkm.memory.sharding import Owners, column_share, token_share
 from megatron_fwpkm.memory.traffic import Traffic
 
@@ -72,6 +72,18 @@ def test_ranks_with_columns_share_queries_and_have_all_vectors(tokens: int, look
             assert of_share.queries == of_own.queries
             assert (of_share.tokens, of_share.targets) == (of_all.tokens, of_all.targets)
             assert (of_share.length, of_share.pairs) == (of_all.length, of_all.pairs)
+
+
+def test_ids_are_sent_as_narrow_as_they_can_be() -> None:
+    assert [id_type(count) for count in (1, 2**31, 2**31 + 1)] == [torch.int32, torch.int32, torch.int64]
+
+
+def test_a_layer_on_one_of_several_ranks_counts_its_own_slots() -> None:
+    config = MemoryConfig(heads=1, topk=2, n_subkeys=7, k_dim=4, v_dim=6)
+    assert [count_owned_slots(7, rank, 3) for rank in range(3)] == [
+        int((owned_slots(7, rank, 3) >= 0).sum()) for rank in range(3)
+    ]
+    assert FwPKMLayer(5, config).num_parameters().fast == 2 * 7 * 2 + 49 * 6
 
 
 @pytest.mark.parametrize("numbers", [torch.float32, torch.float64, torch.bfloat16])

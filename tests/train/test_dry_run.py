@@ -155,6 +155,11 @@ def test_plan_refuses_processes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"3 processes can't be divided into .* parallel\.tensor=2"):
         make_plan(config)
+    monkeypatch.delenv("WORLD_SIZE")
+    many = _nano("evaluation.sequences=128")
+    assert make_plan(many, processes=128).replicas == 128
+    with pytest.raises(UserError, match=r"evaluation\.sequences \(128\) must be at least .*129 x 1\) \(129 processes"):
+        make_plan(many, processes=129)
 
 
 def test_dry_run_command_starts_and_writes_nothing(tmp_path: Path) -> None:

@@ -95,6 +95,17 @@ CASES: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         },
         "DP2, one memory": _case(parallel={"memory": {"replicas": "synced"}}, training={"zero_stage": 1}),
     },
+    4: {
+        "TP4, sequence": _case(
+            parallel={"tensor": 4, "sequence_parallel": True},
+            model={"delta_net": {"key_heads": 4, "value_heads": 4, "key_head_dim": 16, "value_head_dim": 16}},
+        ),
+        "TP2, sequence, PP2": _case(
+            parallel={"tensor": 2, "sequence_parallel": True, "pipeline": 2}, training={"gradient_accumulation": 4}
+        ),
+        "TP2, DP2, ZeRO-2": _case(parallel={"tensor": 2}, training={"zero_stage": 2}),
+        "PP2, DP2, ZeRO-1": _case(parallel={"pipeline": 2}, training={"gradient_accumulation": 4, "zero_stage": 1}),
+    },
 }
 
 
@@ -436,7 +447,7 @@ def watch_step(
 
 
 def main() -> None:
-    topology.initialize(configuration(dist_size(), "one rank" if dist_size() == 1 else "TP2").parallel)
+    topology.initialize(configuration(dist_size(), sys.argv[2]).parallel)
     every: dict[str, list[Any]] = {}
     DRAW.manual_seed(dist.get_rank())  # ranks have different tokens
     gc.freeze()  # what the libraries have is looked at no more
@@ -452,6 +463,7 @@ def main() -> None:
 def _measure_all(every: dict[str, list[Any]]) -> None:
     for name in sys.argv[2:]:
         found = measure(configuration(dist_size(), name))
+        topology.end_groups()
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, found)
         every[name] = parts

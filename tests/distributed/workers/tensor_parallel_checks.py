@@ -101,15 +101,16 @@ def check_whole_sequences(split: Decoder, whole: Decoder) -> float:
 
 
 class Memories:
-    """What check_keys needs of a decoder: one memory, spread over this rank's memory group."""
+    """What check_keys needs of a decoder: two memories, spread over this rank's memory group."""
 
     def __init__(self, ranks: topology.Topology) -> None:
         place = ranks.placement
         config = MemoryConfig(n_subkeys=8, k_dim=16, v_dim=8, topk=2)
-        self.state = FastState(config, seed=1, rank=place.memory_rank, ranks=place.memory_ranks)
+        rank, ranks_of_it = place.memory_rank, place.memory_ranks
+        self.states = {index: FastState(config, seed=index, rank=rank, ranks=ranks_of_it) for index in (2, 5)}
 
     def fast_states(self) -> Iterator[tuple[int, FastState]]:
-        yield 5, self.state
+        yield from self.states.items()
 
 
 def check_digests(layout: ParallelConfig) -> list[str]:
@@ -118,7 +119,7 @@ def check_digests(layout: ParallelConfig) -> list[str]:
     model, said = Memories(ranks), []
     for changed in (False, True):
         if changed and ranks.rank == ranks.world_size - 1:
-            model.state.keys_H2nd.view(torch.int32).flatten()[-3] ^= 1
+            model.states[5].keys_H2nd.view(torch.int32).flatten()[-3] ^= 1
         try:
             check_keys(model, ranks)  # type: ignore[arg-type]
             said.append("equal")

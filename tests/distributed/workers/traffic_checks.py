@@ -26,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "base": {},
     "keys too": {"values_only": False},
     "no addressing loss": {"addressing_loss": "none"},
+    "ungated": {"weigh_write_by_gate": False},
+    "official keys": {"values_only": False, "key_gradient": "official"},
+    "a last chunk without pairs": {"values_only": False, "chunk_size": 13},
 }
 BATCH, TOKENS = 2, 27
 

@@ -127,6 +127,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         found["weights"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     found["skipped"] = check_skip(ranks, stepper, model, stage, found["weights"])
+    engine.destroy()
     return found
 
 
