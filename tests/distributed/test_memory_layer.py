@@ -28,5 +28,5 @@ def test_layers_over_ranks_equal_one_on_one_rank(tiny_job: TinyJob) -> None:
         assert "the loss mask has shape (36, 2); expected (2, 36), that of all tokens on every rank" in said[0], layout
         assert "the loss mask has shape (2, 18); expected (2, 36)" in said[1], layout
         assert "mask has dtype torch.float32; expected torch.bool" in said[2], layout
-        divided = "sequence_parallel=True" in layout
-        assert len(said) == 3 + divided and (not divided or "a cache is for ranks that all have all tokens" in said[3])
+        cached = "sequence_parallel=True" in layout and "replicas=1" in layout
+        assert len(said) == 3 + cached and (not cached or "a cache is for ranks that all have all tokens" in said[3])

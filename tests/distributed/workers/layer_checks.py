@@ -215,7 +215,7 @@ def refused(placement: Placement) -> list[str]:
         lambda: layer(hidden, masks[1].bool()),
         lambda: layer(hidden, masks[2]),
     ]
-    if placement.sequence_parallel:
+    if placement.sequence_parallel and placement.replicas == 1:
         calls.append(lambda: layer(hidden, None, layer.make_cache(BATCH)))
     said = []
     for call in calls:
@@ -224,7 +224,9 @@ def refused(placement: Placement) -> list[str]:
             said.append("nothing")
         except ValueError as error:
             said.append(str(error))
-    with torch.inference_mode():
+    # Megatron's sequence-parallel layers keep a buffer, which must not come from inference mode.
+    megatron = placement.sharding == "columns" and placement.sequence_parallel
+    with torch.no_grad() if megatron else torch.inference_mode():
         layer.eval()(hidden)
     layer.train()(hidden.requires_grad_()).sum().backward()  # tensors of inference are not kept
     return said
