@@ -7,6 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+SUBKEYS = 5
+"""Of the memories that are trained."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -48,6 +51,7 @@ class Cell:
             or (self.pipeline > 1 and self.zero > 1)
             or (self.sharding == "columns" and (self.tensor == 1 or self.memory_replicas == "synced"))
             or (self.routing == "static" and (self.sharding == "columns" or self.memory_ranks == 1))
+            or (self.sharding == "slots" and self.memory_ranks > SUBKEYS)
             or (self.memory_replicas == "synced" and (self.replicas == 1 or self.reset == "per_document"))
             # ZeRO 1 to 3 keep float32 copies of the weights.
             or (self.precision == "float64" and self.zero > 0)
