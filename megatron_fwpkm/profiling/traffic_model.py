@@ -65,7 +65,7 @@ def expected_bytes(
     if ranks == 1:
         return total
     keys = ring(config.heads * config.n_subkeys * config.k_dim, ranks, width) * config.moves_keys
-    usage = ring(2 * config.n_subkeys, ranks, width) * config.has_addressing_loss
+    usage = ring(2 * config.n_subkeys, ranks, 8) * config.has_addressing_loss  # in float64 always
     for index, (length, far) in enumerate(zip(lengths, remote, strict=True)):
         last = index == len(lengths) - 1
         cost = _chunk_costs(kind, config, batch * -(-length // ranks), far, ranks, width)

@@ -37,7 +37,7 @@ def test_a_memory_over_ranks_equals_a_whole_one(tiny_job: TinyJob) -> None:
 def test_what_is_sent_is_what_the_formulas_say(tiny_job: TinyJob) -> None:
     """Bytes of every phase exactly, for slots, padded messages, columns and row shipping, which computes the same."""
     found = tiny_job.worker("traffic_checks.py", processes=4)
-    assert len(found["traffic"]) == 6 * 4
+    assert len(found["traffic"]) == 6 * 4 + 3
     assert {name: both for name, both in found["traffic"].items() if both[0] != both[1]} == {}
     assert {name: error for name, error in found["errors"].items() if not error < 1e-13} == {}
 

@@ -33,12 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
 BATCH, TOKENS = 2, 27
 
 
-def draw(config: MemoryConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(config: MemoryConfig, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, target, gate, and the output's gradient."""
     generator = torch.Generator().manual_seed(5)
     shapes = [(config.heads, config.k_dim), (config.v_dim,), (), (config.v_dim,)]
     query, target, gate, cotangent = (
-        torch.randn(BATCH, TOKENS, *shape, generator=generator, dtype=torch.float64) for shape in shapes
+        torch.randn(BATCH, TOKENS, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
     )
     return query, target, gate.sigmoid(), cotangent
 
@@ -58,22 +58,22 @@ def summed(traffic: Traffic) -> dict[str, int]:
     }
 
 
-def measure(kind: str, config: MemoryConfig) -> list[Any]:
-    """[measured, expected, load] of a forward and a backward pass."""
+def measure(kind: str, config: MemoryConfig, dtype: torch.dtype = torch.float64) -> list[Any]:
+    """[measured, expected] of a forward and a backward pass."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sharding, routing = ("columns", "dynamic") if kind == "columns" else ("slots", kind)
     world = dist.group.WORLD
     where = Placement(world, world, sharding=sharding, routing=routing)  # type: ignore[arg-type]
     group = make_memory_group(where, config)
     share = (column_share if kind == "columns" else token_share)(TOKENS, config, rank, ranks)
-    state = FastState(config, seed=3, dtype=torch.float64, rank=rank, ranks=ranks, sharding=where.sharding)
-    query, target, gate, cotangent = draw(config)
+    state = FastState(config, seed=3, dtype=dtype, rank=rank, ranks=ranks, sharding=where.sharding)
+    query, target, gate, cotangent = draw(config, dtype)
     vectors = torch.arange(TOKENS) if kind == "columns" else share.own
     trace = MemoryTrace()
     call: Any = {"group": group, "spans": share.spans}
     parts = (query[:, share.own].requires_grad_(), target[:, share.targets, state.columns], gate[:, vectors])
     with torch.no_grad():  # for the slots; this reads what the call below reads, from a state of its own
-        twin = FastState(config, seed=3, dtype=torch.float64, rank=rank, ranks=ranks, sharding=where.sharding)
+        twin = FastState(config, seed=3, dtype=dtype, rank=rank, ranks=ranks, sharding=where.sharding)
         fast_memory(*parts, None, twin, config, trace=trace, **call)
     group.traffic.take()  # type: ignore[union-attr]
     gate_leaf = parts[2].clone().requires_grad_()
@@ -84,8 +84,8 @@ def measure(kind: str, config: MemoryConfig) -> list[Any]:
     remote = remote_of(trace.slots_BTHK, share.spans, Owners(config.n_subkeys, ranks), rank)
     reads, of_all = total([traffic.reads_here])[0], traffic.reads_of_all
     assert reads == of_all == BATCH * TOKENS * config.reads_per_token * (ranks if kind == "columns" else 1)
-    expected = expected_bytes(kind, config, BATCH, [span.length for span in share.spans], remote, ranks, 8)  # type: ignore[arg-type]
-    return [summed(traffic), expected]
+    lengths = [span.length for span in share.spans]
+    return [summed(traffic), expected_bytes(kind, config, BATCH, lengths, remote, ranks, dtype.itemsize)]  # type: ignore[arg-type]
 
 
 def remote_of(slots_BTHK: Tensor, spans: list[Any], owners: Owners, rank: int) -> list[Remote]:
@@ -138,6 +138,8 @@ def main() -> None:
         config = MemoryConfig(**{**SIZES, **changes})
         for kind in ("dynamic", "static", "columns"):
             result["traffic"][f"{kind}, {name}"] = measure(kind, config)
+            if not changes:
+                result["traffic"][f"{kind}, {name}, float32"] = measure(kind, config, torch.float32)
         result["traffic"][f"rows, {name}"], result["errors"][name] = ship(config)
     if dist.get_rank() == 0:
         print(json.dumps(result), flush=True)
