@@ -34,6 +34,7 @@ from megatron_fwpkm.files import strict_json, sync_path, write_atomically
 from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
+from megatron_fwpkm.phase import PHASE
 from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, damage, describe_files
 from megatron_fwpkm.train.checkpoint_parts import CheckpointPart, FastStates, RandomGenerators, SlowWeights
 
@@ -110,7 +111,8 @@ class CheckpointStore:
         """
         target = self._folder / f"step_{state.step:08d}"
         partial = self._folder / f".{target.name}.partial"
-        needed = self._estimated_bytes()
+        with PHASE.during("preparing a checkpoint"):
+            needed = self._estimated_bytes()
         exists = on_leader(lambda: self._clear_for(target, partial, needed), "preparing a checkpoint")
         if not exists:
             try:
