@@ -315,10 +315,10 @@ def _run(
             "again with fewer processes (data.processes) or a smaller data.part_megabytes"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()  # at the end they are idle, after a failure what they do is not wanted
-            child.join()
+        # Its thread must end before the interpreter does, which would wake it through a pipe that it may be closing.
+        pool.shutdown(cancel_futures=True)
 
 
 def _finish(

@@ -1,8 +1,8 @@
 """The temporary folder of one job, and what killed jobs left behind.
 
 Unpacked shards, requests to stop and what libraries put into the temporary folder lie in a folder of the job's own. A
-lock on a file in it, which the kernel frees when the job dies, tells whether it is in use; the next job removes what
-dead ones left.
+shared lock on a file in it, which the kernel frees when its holder dies, tells that it is in use; the next job removes
+what dead ones left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def open_scratch() -> Iterator[tuple[Path, int]]:
     clean_abandoned()
     new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
     with (new / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         # It gets its name with the lock: others that clean up take an unlocked folder of that name for abandoned.
         folder = new.with_name(_PREFIX + new.name.removeprefix(_NEW_PREFIX))
         new.rename(folder)
@@ -44,6 +44,24 @@ def open_scratch() -> Iterator[tuple[Path, int]]:
             yield folder, lock.fileno()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def hold_scratch(folder: Path) -> Iterator[None]:
+    """Use a folder that another process has made: it stays as long as this one needs it, whoever dies."""
+    with (folder / _LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def is_held_by_others(descriptor: int) -> bool:
+    """Whether other processes hold a folder, given its maker's lock; if not, nobody can begin to."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # trying gave it up; the others' locks kept the folder
+        return True
+    return False
 
 
 def use_as_temporary_folder(folder: Path) -> None:

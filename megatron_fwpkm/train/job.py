@@ -15,7 +15,13 @@ import torch
 import torch.distributed
 
 from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch, use_as_temporary_folder
+from megatron_fwpkm.data.scratch import (
+    SCRATCH_VARIABLE,
+    clean_abandoned,
+    hold_scratch,
+    open_scratch,
+    use_as_temporary_folder,
+)
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss
 from megatron_fwpkm.model.decoder import BlockStack, Decoder
@@ -286,7 +292,9 @@ def _shared_scratch(ranks: parallel.Topology) -> Iterator[Path]:
     given = os.environ.get(SCRATCH_VARIABLE)
     with ExitStack() as opened:
         own = None
-        if given is None and ranks.local_rank == 0:
+        if given is not None:
+            opened.enter_context(hold_scratch(Path(given)))
+        elif ranks.local_rank == 0:
             own, _ = opened.enter_context(open_scratch())
         folders: list[Path | None] = [None] * ranks.world_size
         torch.distributed.all_gather_object(folders, own)

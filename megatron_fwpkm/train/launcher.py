@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, open_scratch
+from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, is_held_by_others, open_scratch
 from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
@@ -81,6 +81,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             status = child.wait()
+            _wait_for_processes(lock, ended_at_once)
             if message := agent.read_message(scratch / _USER_ERROR_FILE):
                 raise UserError(message)
             if status != 0 and not ended_at_once:
@@ -92,6 +93,20 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
             if child.poll() is None:
                 _kill_tree(child.pid)
                 child.wait()
+
+
+def _wait_for_processes(lock: int, ended_at_once: list[bool]) -> None:
+    """Keep the temporary folder while processes use it: they outlive torch's launcher if that was killed.
+
+    Its death has told them to save and stop, see end_with_parent.
+    """
+    deadline = time.monotonic() + ORDERLY_STOP_SECONDS
+    said = False
+    while is_held_by_others(lock) and not ended_at_once and time.monotonic() < deadline:
+        if not said:
+            print_line("the launcher of the processes is gone; they stop after this step")
+            said = True
+        time.sleep(0.1)
 
 
 def _reserve_messages(scratch: Path) -> None:

@@ -29,13 +29,34 @@ def test_scratch_is_removed_at_the_end(machine: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_folder_is_kept_for_those_that_hold_it(machine: Path) -> None:
+    with scratch.open_scratch() as (folder, lock):
+        with scratch.hold_scratch(folder):
+            assert scratch.is_held_by_others(lock)
+            scratch.clean_abandoned()
+            assert scratch.is_held_by_others(lock) and folder.is_dir()
+        assert not scratch.is_held_by_others(lock)
+    assert not folder.exists()
+
+
+def test_a_folder_outlives_its_killed_maker_while_held(machine: Path) -> None:
+    folder = machine / "fwpkm-job-orphaned"
+    folder.mkdir()
+    (folder / "in-use.lock").touch()
+    with scratch.hold_scratch(folder):
+        scratch.clean_abandoned()
+        assert folder.is_dir()
+    scratch.clean_abandoned()
+    assert not folder.exists()
+
+
 def test_only_dead_jobs_are_cleaned(machine: Path) -> None:
     dead, living = machine / "fwpkm-job-dead", machine / "fwpkm-job-living"
     for folder in (dead, living):
         folder.mkdir()
         (folder / "in-use.lock").touch()
     with (living / "in-use.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         scratch.clean_abandoned()
     assert not dead.exists() and living.exists()
 
@@ -53,7 +74,7 @@ def test_a_folder_just_being_made_is_not_cleaned(machine: Path, monkeypatch: pyt
     cleaned: list[bool] = []
 
     def flock(file: IO[str], operation: int) -> None:
-        if operation == fcntl.LOCK_EX:
+        if operation == fcntl.LOCK_SH:
             scratch.clean_abandoned()
             cleaned.append(True)
         lock(file, operation)

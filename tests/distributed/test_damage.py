@@ -118,7 +118,13 @@ def test_second_job_on_a_run_directory_is_refused_and_orphans_end(tiny_job: Tiny
     (launcher,) = psutil.Process(first.pid).children()
     workers = launcher.children()
     assert len(workers) == 2
+    for worker in workers:
+        worker.suspend()  # in the middle of a step: what they still need must be there when they go on
     os.kill(launcher.pid, signal.SIGKILL)
+    assert first.stdout is not None
+    assert any("the launcher of the processes is gone" in line for line in first.stdout)
+    for worker in workers:
+        worker.resume()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
     first.wait(timeout=60)
