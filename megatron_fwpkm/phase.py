@@ -1,11 +1,13 @@
 """What this process is doing, in words: for the message about a rank that died or failed.
 
 A process has one such note, `PHASE`. Whoever begins something writes it down, which costs an assignment; the watch over
-the other ranks reads it from its own thread, and backward passes may run in yet another.
+the other ranks reads it from its own thread, and backward passes may run in yet another. What is done beside the
+process's work is `aside`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,14 +21,28 @@ class Phase:
     def __init__(self) -> None:
         self.work = "starting"
         self.place = ""
+        self._own = threading.local()
 
     @contextmanager
     def during(self, work: str) -> Iterator[None]:
         """Within the context this process is at some work, at no place in the model as yet."""
+        if self._is_aside():
+            yield
+            return
         before = self.work, self.place
         self.work, self.place = work, ""
         yield
         self.work, self.place = before
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the context nothing that this thread does is noted."""
+        self._own.aside = True
+        yield
+        self._own.aside = False
+
+    def _is_aside(self) -> bool:
+        return getattr(self._own, "aside", False)
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:

@@ -7,24 +7,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE, TENSORS, compare_file
+from megatron_fwpkm.checkpoint.parts import WEIGHTS
+from megatron_fwpkm.checkpoint.store import read_state
+from megatron_fwpkm.checkpoint.tensors import SavedTensors
+from megatron_fwpkm.checkpoint.whole_model import load_whole_model
 from megatron_fwpkm.config import TrainConfig, load_train_config
 from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.memory.pkm_layer import named_slow_weights
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import Backend
-from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, compare_file
-from megatron_fwpkm.train.tables import read_tables
 
 CHANGEABLE = ("evaluation.", "parallel.", "logging.", "data.corpus=", "data.directory=", "data.cache=")
 """What arguments of an evaluation may change; the rest describes what was trained. (Of a corpus the place alone: the
 checkpoint knows its hash.)"""
-_EMBEDDING = "embedding.weight"
-_TABLES = "slow_tables"  # values of PKM layers, in runs that have them
-_WEIGHTS = Path("slow", "mp_rank_00_model_states.pt")
+_EMBEDDING = WEIGHTS + "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,9 @@ def open_run(directory: Path, config: TrainConfig, checkpoint: str | None) -> Tr
     """
     source = _find_checkpoint(directory / "checkpoints", checkpoint)
     _verify(source)
-    state = json.loads((source / "job.json").read_text())
-    ranks = {key: count for key, count in state.get("layout", {}).items() if isinstance(count, int) and count > 1}
-    if ranks or config.training.zero_stage == 3:
-        spread = ", ".join(f"{key}={count}" for key, count in ranks.items()) or "training.zero_stage=3"
-        raise UserError(
-            f"{source} is spread over several ranks ({spread}), which can't be read into one process yet; give a run "
-            "that was trained with parallel.tensor=1, parallel.pipeline=1 and a training.zero_stage below 3"
-        )
+    state = read_state(source)
     identity = hashlib.sha256((source / MANIFEST_FILE).read_bytes()).hexdigest()
-    return TrainedRun(directory, config, source, state["step"], state["tokens"], state["corpus"], identity)
+    return TrainedRun(directory, config, source, state.step, state.tokens, state.corpus, identity)
 
 
 def _find_checkpoint(folder: Path, name: str | None) -> Path:
@@ -127,32 +120,15 @@ def load_decoder(
         length = run.config.data.sequence_length
         config = replace(config, rope_scaling=YarnConfig(factor=rope_factor, original_length=length))
     try:
-        weights = _read_weights(run.checkpoint)
-        model = Decoder(config, weights[_EMBEDDING].shape[0], backend, run.config.seed)
-        model.to(weights[_EMBEDDING].dtype)
-        _load_weights(model, weights)
-        for block, fast_state in model.fast_states():
-            fast_state.load(run.checkpoint / "fast_state" / f"replica_{replica:05d}" / f"block_{block:03d}.safetensors")
-    except Exception as error:  # torch, safetensors and our own readers have exceptions of their own
+        source = SavedTensors(run.checkpoint / TENSORS)
+        rows = source.descriptions[_EMBEDDING].shape[0]
+        model = Decoder(config, rows, backend, run.config.seed)
+        model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[run.config.training.precision])
+        load_whole_model(model, source, replica)
+    except Exception as error:  # torch and our own readers have exceptions of their own
         raise UserError(
             f"{run.checkpoint} doesn't fit the run's config.yaml or has no replica {replica} ({error}); give another "
             "--checkpoint or evaluation.replica"
         ) from error
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return model.to(device).eval()
-
-
-def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    # The manifest has vouched for the file; DeepSpeed keeps more than tensors in it.
-    content: dict[str, Any] = torch.load(checkpoint / _WEIGHTS, map_location="cpu", weights_only=False, mmap=True)
-    weights = {name: value for name, value in content["module"].items() if isinstance(value, torch.Tensor)}
-    tables = read_tables(checkpoint / _TABLES)
-    return {**weights, **{name: table.to(weights[_EMBEDDING].dtype) for name, table in tables.items()}}
-
-
-def _load_weights(model: Decoder, weights: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless every slow weight is given and every weight has a place."""
-    _, unexpected = model.load_state_dict(weights, strict=False)
-    lost = sorted({name for name, _ in named_slow_weights(model)} - set(weights)) + sorted(unexpected)
-    if lost:
-        raise ValueError(f"weights that only one side has: {', '.join(lost[:3])}")

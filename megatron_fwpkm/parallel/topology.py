@@ -240,9 +240,12 @@ def end_groups() -> None:
     gc.collect()
 
 
-def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
+def agree_on_errors(
+    action: Callable[[], Result], what: str, group: torch.distributed.ProcessGroup | None = None
+) -> Result:
     """Run `action` on every rank; if it fails on any, raise on all, so that none waits for one that has gone.
 
+    `group` is one of all ranks, where the default one may be in use by another thread.
     A UserError is raised as SharedUserError with its message, a full disk as one that says so, anything else as
     RankFailedError with the message of the first rank that failed. `what` is a phrase like "writing a checkpoint".
     """
@@ -256,7 +259,7 @@ def agree_on_errors(action: Callable[[], Result], what: str) -> Result:
             cause = error
             failure = _describe_failure(error, what)
         failures: list[tuple[bool, str] | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(failures, failure)
+        torch.distributed.all_gather_object(failures, failure, group=group)
     for rank, found in enumerate(failures):
         if found is not None:
             by_user, message = found
@@ -277,10 +280,10 @@ def _describe_failure(error: Exception, what: str) -> tuple[bool, str]:
     return False, f"{type(error).__name__}: {error}"
 
 
-def on_leader(action: Callable[[], Result], what: str) -> Result:
+def on_leader(action: Callable[[], Result], what: str, group: torch.distributed.ProcessGroup | None = None) -> Result:
     """Run `action` on rank 0 alone; every rank gets its result, or raises as agree_on_errors() does if it failed."""
-    shared = [agree_on_errors(lambda: action() if torch.distributed.get_rank() == 0 else None, what)]
-    torch.distributed.broadcast_object_list(shared, src=0)
+    shared = [agree_on_errors(lambda: action() if torch.distributed.get_rank() == 0 else None, what, group)]
+    torch.distributed.broadcast_object_list(shared, src=0, group=group)
     return shared[0]  # type: ignore[return-value]
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.engine_state import EngineState
+from megatron_fwpkm.checkpoint.parts import CheckpointPart, FastStates, RandomGenerators, SlowWeights, TableValues
+from megatron_fwpkm.checkpoint.store import CheckpointStore, layout_of
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.scratch import (
     SCRATCH_VARIABLE,
@@ -29,10 +32,9 @@ from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.parallel.backend import megatron_backend
 from megatron_fwpkm.profiling.peak import Peak, device_peak
 from megatron_fwpkm.terminal import duration, print_line
-from megatron_fwpkm.train.checkpoint import CheckpointStore
 from megatron_fwpkm.train.display import perplexity
 from megatron_fwpkm.train.dry_run import padded_vocabulary
-from megatron_fwpkm.train.engine import build_training
+from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.environment import describe_environment
 from megatron_fwpkm.train.job_data import JobData, open_data
 from megatron_fwpkm.train.launcher import report_failure
@@ -48,6 +50,7 @@ from megatron_fwpkm.train.run_directory import (
     write_summary,
 )
 from megatron_fwpkm.train.samples import Sampler, prompts_from
+from megatron_fwpkm.train.settings import MemoryPolicy
 from megatron_fwpkm.train.stop import StopRequest, end_with_parent
 
 
@@ -151,16 +154,36 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
         corpus=data.identity,
         store=CheckpointStore(
             Path(config.run_directory) / "checkpoints",
-            config.checkpoint.keep,
             ranks,
-            bundle.engine,
-            model,
-            {"slow_tables": bundle.tables} if bundle.tables.exist else {},
+            checkpoint_parts(bundle, model, ranks, config.checkpoint.memories),
+            keep_last_k=config.checkpoint.keep_last_k,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+            timeout_seconds=config.parallel.timeout_seconds,
+        ),
+        layout=layout_of(
+            ranks,
+            config.training.zero_stage,
+            config.training.micro_batch_size,
+            config.training.gradient_accumulation,
         ),
         recorder=recorder,
         parameters=count,
         **_ways_of_a_pipeline(ranks, bundle.engine),
     )
+
+
+def checkpoint_parts(
+    bundle: EngineBundle, model: BlockStack, ranks: parallel.Topology, memories: MemoryPolicy | None = None
+) -> dict[str, CheckpointPart]:
+    """The owners of everything that a job's checkpoint has."""
+    name_of = getattr(model, "decoder_name", str)  # a stage of a pipeline has other names
+    return {
+        "slow weights": SlowWeights(EngineState(bundle.engine, model, name_of), ranks),
+        "trained tables": TableValues(bundle.tables, name_of),
+        "memories": FastStates(model, ranks, memories),
+        "random generators": RandomGenerators(ranks),
+    }
 
 
 def _build_model(config: TrainConfig, ranks: parallel.Topology, vocab_size: int) -> BlockStack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fwpkm.accounting import ParameterCount
+from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, check_batch
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.batch import Loader, TokenBatch
-from megatron_fwpkm.errors import SharedUserError
+from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, LossSum, held_out_loss
 from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
 from megatron_fwpkm.phase import PHASE
-from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.train.engine import EngineBundle
 from megatron_fwpkm.train.key_check import check_keys
 from megatron_fwpkm.train.recorder import Recorder, StepRecord
@@ -40,6 +41,8 @@ class Job:
     corpus: dict[str, str]
     """Hashes that tell corpora and tokenizers apart."""
     recorder: Recorder
+    layout: dict[str, Any] = field(default_factory=dict)
+    """How the ranks divide the work, for checkpoints."""
     parameters: ParameterCount = field(default_factory=ParameterCount)
     """Weights of this rank's part of the model."""
     stepper: type[Stepper] = Stepper
@@ -83,7 +86,27 @@ class Progress:
 
 
 def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> None:
-    """Train up to the configured step, or until some rank was asked to stop; saves at the end either way."""
+    """Train up to the configured step, or until some rank was asked to stop; saves at the end either way.
+
+    When it returns, or raises what all ranks raise, all checkpoints are written.
+    """
+    try:
+        _train(job, progress, stop_requested)
+        job.store.finish()
+    except SharedUserError:
+        with contextlib.suppress(SharedUserError):  # one is enough
+            job.store.finish()
+        raise
+    finally:
+        _tell_of_saves(job)
+
+
+def _tell_of_saves(job: Job) -> None:
+    for report in job.store.take_reports():
+        job.recorder.say(str(report))
+
+
+def _train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> None:
     config = job.config
     schedule = build_schedule(config.optimizer, config.training.steps)
     stepper = job.stepper(
@@ -97,10 +120,14 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
     last_step = min(config.training.steps, config.training.stop_after_step or config.training.steps)
     flops_per_token = job.model.num_flops_per_token(config.data.sequence_length)
     job.model.train()
+
+    def stop() -> bool:
+        return stop_requested() or job.recorder.failed or job.store.has_failed
+
     while progress.step < last_step and not progress.stopped_early:
         started = time.perf_counter()
         rate = schedule.learning_rate(progress.step + 1)
-        result = stepper.run(progress.step + 1, rate, lambda: stop_requested() or job.recorder.failed)
+        result = stepper.run(progress.step + 1, rate, stop)
         seconds = time.perf_counter() - started
         _advance(progress, result, seconds)
         if config.parallel.check_keys_every and progress.step % config.parallel.check_keys_every == 0:
@@ -118,6 +145,7 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
         due = config.evaluation.every and progress.step % config.evaluation.every == 0
         if due and not finished and not progress.stopped_early:
             evaluate(job, progress)
+        _tell_of_saves(job)
         if ending or progress.step % config.checkpoint.every == 0:
             save(job, progress)
 
@@ -132,7 +160,7 @@ def evaluate(job: Job, progress: Progress) -> HeldOutLoss:
 
 
 def save(job: Job, progress: Progress) -> Path:
-    """Write a checkpoint of the current step. Raises SharedUserError when records or checkpoint can't be written."""
+    """Begin a checkpoint of the current step. Raises SharedUserError when records or checkpoint can't be written."""
     agree_on_errors(job.recorder.check, "recording the run")
     state = JobState(
         step=progress.step,
@@ -142,27 +170,20 @@ def save(job: Job, progress: Progress) -> Path:
         recent_losses=progress.recent_losses,
         data_cursor=job.loader.state_dict(),
         corpus=job.corpus,
-        world_size=job.topology.world_size,
-        layout=layout_of(job.topology),
+        layout=job.layout,
         skipped_in_a_row=progress.skipped_in_a_row,
     )
-    started = time.perf_counter()
     path = job.store.save(state)
-    job.recorder.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
+    _tell_of_saves(job)
     return path
 
 
 def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
     """Restore everything from the newest whole checkpoint; returns it, or None if there is none."""
-    found = job.store.load(say)
+    found = job.store.load(say, lambda state: _check_fits(job, state))
     if found is None:
         return None
     source, state = found
-    if state.corpus != job.corpus:
-        raise SharedUserError(
-            f"{source} was trained on another corpus or tokenizer than data.directory holds for this configuration "
-            "(another version of Python, say); give the same corpus, or another run_directory to begin anew"
-        )
     agree_on_errors(lambda: job.loader.load_state_dict(state.data_cursor), f"placing the data cursor of {source}")
     return source, Progress(
         step=state.step,
@@ -172,6 +193,16 @@ def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None
         first_loss=state.first_loss,
         recent_losses=state.recent_losses,
     )
+
+
+def _check_fits(job: Job, state: JobState) -> list[str]:
+    """Notes for the user. Raises UserError where a checkpoint is not of this training."""
+    if state.corpus != job.corpus:
+        raise UserError(
+            "it was trained on another corpus or tokenizer than data.directory holds for this configuration (another "
+            "version of Python, say); give the same corpus, or another run_directory to begin anew"
+        )
+    return check_batch(state.layout, job.layout)
 
 
 def _advance(progress: Progress, result: StepResult, seconds: float) -> None:

@@ -31,6 +31,9 @@ CHANGEABLE_ON_RESUME = (
     "training.stop_after_step",
     "training.max_skipped_steps",
     "training.activation_checkpointing",
+    "training.zero_stage",
+    "training.micro_batch_size",
+    "training.gradient_accumulation",
     "data.workers",
     "data.directory",
     "data.corpus",
@@ -39,7 +42,10 @@ CHANGEABLE_ON_RESUME = (
     "data.processes",
     "parallel",
 )
-"""Keys that don't touch what is computed, so that a run may go on with other values."""
+"""Keys that don't touch what is computed, so that a run may go on with other values.
+
+(How a step's sequences are divided into microbatches is looked at when the checkpoint is loaded.)
+"""
 
 
 def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:

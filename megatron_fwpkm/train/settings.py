@@ -78,13 +78,33 @@ class TrainingConfig(Section):
         return self
 
 
+MemoryPolicy = Literal["keep", "first", "average", "reset"]
+
+
 class CheckpointConfig(Section):
-    """When to save."""
+    """When and how to save, and how to load what another layout saved."""
 
     every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep_last_k: int = Field(default=2, ge=1)
     """Newest whole checkpoints to keep; damaged ones that were set aside are never deleted."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Milestones: checkpoints of multiples of so many steps are kept for good; null means none."""
+    asynchronous: bool = True
+    """Whether training goes on while files are written: it waits for a copy of the state in the CPU's memory only."""
+    memories: MemoryPolicy | None = None
+    """What becomes of memories that replicas write each on their own, where a checkpoint has another number of them:
+    "keep": memory i goes on with memory i modulo the number there; "first": all with the first; "average": all with
+    the mean of all; "reset": all begin anew; null: the job ends with an error."""
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of every ({self.every}): other steps have no "
+                "checkpoint to keep"
+            )
+        return self
 
 
 class LoggingConfig(Section):

@@ -9,23 +9,18 @@ add the same gradients in the same order.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from megatron_fwpkm.errors import SharedUserError, UserError
+from megatron_fwpkm.errors import SharedUserError
 from megatron_fwpkm.memory.pkm_layer import PKMLayer, named_slow_weights, slow_tables
-from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
+from megatron_fwpkm.memory.slow_table import SlowTable
 from megatron_fwpkm.train.touched_rows import RowGradient, RowSettings, TouchedRows, sum_row_gradients
-
-FORMAT = "fwpkm-trained-table/1"
 
 
 class TrainedTables:
@@ -45,6 +40,7 @@ class TrainedTables:
 
     Attributes:
         exist: whether this or another rank of the replica has a table
+        shards: the tables of this rank, by parameter name
 
     Raises SharedUserError when a PKM layer is set to dense gradients, ValueError when a table is spread over more
     ranks than `model_group` has.
@@ -71,12 +67,12 @@ class TrainedTables:
         self._group, self._model_group = group, model_group
         self._rate_share, self._clipping = rate_share, clipping
         self._device = next((weight.device for _, weight in named_slow_weights(model)), torch.device("cpu"))
-        self._shards = {n: table for n, table in slow_tables(model).items() if table.values_ND.requires_grad}
+        self.shards = {n: table for n, table in slow_tables(model).items() if table.values_ND.requires_grad}
         self._tables: dict[str, TouchedRows] = {}
         self._gradients: dict[str, RowGradient] | None = None  # None outside steps
         self._joined = False
         plain = RowSettings(settings.betas, settings.epsilon, 0.0)
-        for name, table in self._shards.items():
+        for name, table in self.shards.items():
             self._check_spread(name, table)
             values = table.values_ND
             if self._replicas > 1:
@@ -108,7 +104,7 @@ class TrainedTables:
 
     def begin_step(self) -> None:
         """From here on gradients are collected; what is there from before, of an aborted step or none, is dropped."""
-        for table in self._shards.values():
+        for table in self.shards.values():
             table.values_ND.grad = None
         self._gradients, self._joined = {}, False
 
@@ -217,135 +213,3 @@ class TrainedTables:
             raise ValueError(f"the state has tables {sorted(state)}, the model {sorted(self._tables)}")
         for name, table in self._tables.items():
             table.load_state_dict(state[name])
-
-    def save(self, folder: Path) -> None:
-        """Write one safetensors file for each table of this rank, as the first replica; the others hold the same.
-
-        All rows of the table, and of the rows that ever were updated the moments and counts. The description tells
-        which rank's rows they are, of how many (`routing.owned_slots`).
-        """
-        from safetensors.torch import save_file
-
-        leads = not torch.distributed.is_initialized() or torch.distributed.get_rank(self._group) == 0
-        if not self._tables or not leads:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in self._tables.items():
-            rows_U = table.updates_N.nonzero().view(-1)
-            tensors = {
-                "table": table.master_ND,
-                "clock": table.clock_N,
-                "rows": rows_U,
-                "updates": table.updates_N[rows_U],
-                "first_moment": table.first_moment_ND[rows_U],
-                "second_moment": table.second_moment_ND[rows_U],
-            }
-            shard = self._shards[name]
-            description = {
-                "clock": table.clock.hex(),
-                "rows": len(table.updates_N),
-                "n_subkeys": shard.config.n_subkeys,
-                "rank": shard.rank,
-                "ranks": shard.ranks,
-            }
-            save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-                folder / _file_name(name, shard.rank, shard.ranks),
-                {"format": FORMAT, "description": json.dumps(description)},
-            )
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; every rank reads its rows. Raises UserError when a file is missing or doesn't fit."""
-        for name, table in self._tables.items():
-            path = folder / _file_name(name, self._shards[name].rank, self._shards[name].ranks)
-            try:
-                _check_ranks(folder, name, self._shards[name].ranks)
-                table.load_state_dict(_read(path, table, self._shards[name]))
-            except Exception as error:
-                raise UserError(
-                    f"the trained table {path} can't be loaded ({error}); use another checkpoint, or the configuration "
-                    "of the run that wrote it"
-                ) from error
-
-
-_FILE_NAME = re.compile(r"(?P<name>.+?)(\.rank_(?P<rank>\d{5})_of_(?P<ranks>\d{5}))?\.safetensors")
-
-
-def _file_name(name: str, rank: int, ranks: int) -> str:
-    """File of one rank's rows of a table."""
-    return f"{name}.safetensors" if ranks == 1 else f"{name}.rank_{rank:05d}_of_{ranks:05d}.safetensors"
-
-
-def _files(folder: Path) -> dict[str, dict[tuple[int, int], Path]]:
-    """By name of a table and (rank, ranks): the files that `save` wrote."""
-    found: dict[str, dict[tuple[int, int], Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        match = _FILE_NAME.fullmatch(path.name)
-        assert match is not None
-        found.setdefault(match["name"], {})[int(match["rank"] or 0), int(match["ranks"] or 1)] = path
-    return found
-
-
-def _check_ranks(folder: Path, name: str, ranks: int) -> None:
-    """Raise ValueError when the table was written by another number of ranks."""
-    written = {of for _, of in _files(folder).get(name, {})}
-    if written and ranks not in written:
-        raise ValueError(
-            f"its rows were spread over {max(written)} tensor-parallel ranks and this job has {ranks}: start it with "
-            f"parallel.tensor={max(written)}"
-        )
-
-
-def read_tables(folder: Path) -> dict[str, Tensor]:
-    """The whole tables [n², D] that `TrainedTables.save` wrote, by name, over however many ranks they were spread.
-
-    Raises ValueError when a rank's file is missing.
-    """
-    from safetensors import safe_open
-
-    whole = {}
-    for name, files in _files(folder).items():
-        ranks = max(of for _, of in files)
-        if set(files) != {(rank, ranks) for rank in range(ranks)}:
-            raise ValueError(f"{folder} has {len(files)} files of the table {name}, not those of {ranks} ranks")
-        shards, n_subkeys = [], 0
-        for rank in range(ranks):
-            with safe_open(files[rank, ranks], framework="pt") as file:
-                shards.append(file.get_tensor("table"))
-                if ranks > 1:
-                    n_subkeys = json.loads(file.metadata()["description"])["n_subkeys"]
-        whole[name] = whole_table(shards, n_subkeys)
-    return whole
-
-
-def _read(path: Path, table: TouchedRows, shard: SlowTable) -> dict[str, Any]:
-    """A state for `TouchedRows.load_state_dict` from a file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device=str(table.master_ND.device)) as file:
-        metadata = file.metadata() or {}
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT}")
-    description, rows_U = json.loads(metadata["description"]), found["rows"]
-    if description["rows"] != len(table.updates_N):
-        raise ValueError(f"it has {description['rows']} rows, this table {len(table.updates_N)}")
-    # Files of one rank may lack these entries.
-    layout = (
-        description.get("n_subkeys", shard.config.n_subkeys),
-        description.get("rank", 0),
-        description.get("ranks", 1),
-    )
-    if layout != (shard.config.n_subkeys, shard.rank, shard.ranks):
-        raise ValueError(
-            f"it has the rows of rank {layout[1]} of {layout[2]} of {layout[0]} sub-keys, this is rank {shard.rank} of "
-            f"{shard.ranks} of {shard.config.n_subkeys}"
-        )
-    return {
-        "master_ND": found["table"],
-        "first_moment_ND": torch.zeros_like(table.first_moment_ND).index_copy_(0, rows_U, found["first_moment"]),
-        "second_moment_ND": torch.zeros_like(table.second_moment_ND).index_copy_(0, rows_U, found["second_moment"]),
-        "updates_N": torch.zeros_like(table.updates_N).index_copy_(0, rows_U, found["updates"]),
-        "clock_N": found["clock"],
-        "clock": float.fromhex(description["clock"]),
-    }

@@ -46,7 +46,7 @@ data:
 optimizer: {learning_rate: 1.0e-2, warmup_steps: 2}
 training: {steps: 6, micro_batch_size: 2, gradient_accumulation: 2}
 evaluation: {sequences: 8}
-checkpoint: {every: 2, keep: 2}
+checkpoint: {every: 2, keep_last_k: 2}
 logging: {every: 1}
 parallel: {processes: 2, timeout_seconds: 60}
 """
@@ -63,7 +63,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
         time.sleep(0.01)
 
 
-WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
+WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep_last_k=6")
 
 
 def environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 FAULTY = str(Path(__file__).parent / "workers" / "faulty_job.py")
 # Few lines: nobody reads the pipe while the job runs.
 ENDLESS = ("training.steps=100000", "checkpoint.every=100000", "logging.every=100000")
-WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep=6")
+WHOLE = ("training.steps=24", "checkpoint.every=4", "checkpoint.keep_last_k=6")
 
 
 def _flip(path: Path) -> None:
@@ -38,9 +38,9 @@ def _refused(job: TinyJob, words: str, *overrides: str) -> str:
 
 def test_damaged_checkpoints_are_set_aside_and_older_ones_serve(tiny_job: TinyJob, whole_run: TinyJob) -> None:
     checkpoints = tiny_job.begin_from(whole_run, 20, 24)
-    same = (*WHOLE, "checkpoint.keep=1")
+    same = (*WHOLE, "checkpoint.keep_last_k=1")
     older, newest = checkpoints / "step_00000020", checkpoints / "step_00000024"
-    weights = Path("slow", "mp_rank_00_model_states.pt")
+    weights = Path("tensors", "__1_0.distcp")
     _flip(newest / weights)
     (older / "job.json").rename(checkpoints / "kept")
     (checkpoints / ".step_00000028.partial").mkdir()  # killed while saving
@@ -72,7 +72,7 @@ def test_full_disk_ends_the_job_and_freed_it_goes_on(tiny_job: TinyJob, whole_ru
     here = f"run_directory={small_disk / 'run'}"
     checkpoints = tiny_job.begin_from(whole_run, 4, folder=small_disk / "run")
 
-    # Full while DeepSpeed writes, on the ranks that come last: the others must not wait for them.
+    # Full while the files are written, beside training, on the ranks that come last: the others must not wait for them.
     filler = _fill(small_disk, leave=300_000)
     process = tiny_job.start(sys.executable, FAULTY, str(tiny_job.config), "no-estimate", *WHOLE, here)
     output, _ = process.communicate(timeout=200)

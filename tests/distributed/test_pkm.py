@@ -45,8 +45,7 @@ def test_training_over_2_ranks_and_2_replicas_equals_one_process(found: dict[str
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_spoilt_steps_files_and_refusals(found: dict[str, Any], dtype: str) -> None:
     report = found[dtype]
-    other_ranks, no_group, few_keys = report.pop("refusals")
-    assert "spread over 2 tensor-parallel ranks and this job has 1: start it with parallel.tensor=2" in other_ranks
+    no_group, few_keys = report.pop("refusals")
     assert "first.values is spread over 2 ranks and model_group has 1" in no_group
     assert "n_subkeys=1" in few_keys and "at least 2" in few_keys
     assert report == {
@@ -56,8 +55,5 @@ def test_spoilt_steps_files_and_refusals(found: dict[str, Any], dtype: str) -> N
         "restored": True,
         "resumed": True,
         "replicas_equal": True,
-        "files": [
-            f"{name}.values.rank_0000{rank}_of_00002.safetensors" for name in ("first", "second") for rank in "01"
-        ],
         "files_are_whole": True,
     }

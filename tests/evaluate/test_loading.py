@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from megatron_fwpkm.checkpoint.files import JOB_FILE, TENSORS
+from megatron_fwpkm.checkpoint.parts import fast_name, memory_pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.store import JobState
+from megatron_fwpkm.checkpoint.tensors import save_tensors
+from megatron_fwpkm.checkpoint.whole_model import whole_model_pieces
 from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.held_out import HeldOutText
-from megatron_fwpkm.evaluate.loading import load_decoder, open_run, read_run_config
+from megatron_fwpkm.evaluate.loading import TrainedRun, load_decoder, open_run, read_run_config
 from megatron_fwpkm.evaluate.measure import Measurement
 from megatron_fwpkm.memory.pkm_layer import slow_tables
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
-from megatron_fwpkm.train.tables import TrainedTables
-from megatron_fwpkm.train.touched_rows import RowSettings
 
 CONFIG = """
 model:
@@ -45,22 +50,22 @@ def write_run(folder: Path, seed: int = 7) -> Decoder:
     config = tiny_config(folder)
     model = Decoder(config.model, 64, BACKEND, seed=seed).eval()
     checkpoint = folder / "checkpoints" / "step_00000003"
-    (checkpoint / "slow").mkdir(parents=True)
-    torch.save({"module": model.state_dict()}, checkpoint / "slow" / "mp_rank_00_model_states.pt")
-    TrainedTables(model, RowSettings((0.9, 0.95), 1e-8, 0.0)).save(checkpoint / "slow_tables")
-    for replica in range(2):
-        target = checkpoint / "fast_state" / f"replica_{replica:05d}"
-        target.mkdir(parents=True)
-        for block, state in model.fast_states():
-            if replica == 1:
-                state.table_ND.mul_(2)
-            state.save(target / f"block_{block:03d}.safetensors")
-    (checkpoint / "job.json").write_text(
-        json.dumps({"step": 3, "tokens": 96, "corpus": {"corpus": "c", "tokenizer": "t"}})
-    )
+    pieces = whole_model_pieces(model)
+    for block, state in model.fast_states():
+        state.table_ND.mul_(2)
+        pieces |= memory_pieces(state, fast_name(1, block))
+    write_checkpoint(checkpoint, pieces)
     (folder / "config.yaml").write_text(to_yaml(config))
-    write_manifest(checkpoint)
     return model
+
+
+def write_checkpoint(checkpoint: Path, pieces: dict[str, Pieces]) -> None:
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir(parents=True)
+    save_tensors(checkpoint / TENSORS, pieces)
+    state = JobState(3, 96, 0, None, [], {}, {"corpus": "c", "tokenizer": "t"}, {})
+    (checkpoint / JOB_FILE).write_text(json.dumps(dataclasses.asdict(state)))
+    write_manifest(checkpoint)
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -106,10 +111,18 @@ def test_trained_tables_beside_the_weights_are_used(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000003"
     name = "blocks.0.mlp.values"
     table = 3 * slow_tables(saved)[name].values_ND.detach()
-    save_file({"table": table, "clock": torch.zeros(1)}, checkpoint / "slow_tables" / f"{name}.safetensors")
-    write_manifest(checkpoint)
+    with torch.no_grad():
+        slow_tables(saved)[name].values_ND.copy_(table)
+    write_checkpoint(checkpoint, whole_model_pieces(saved))
     loaded = load_decoder(open_run(tmp_path, read_run_config(tmp_path, []), None), BACKEND, 0)
     assert torch.equal(slow_tables(loaded)[name].values_ND, table)
+
+
+def replace_weights(run: TrainedRun, content: bytes) -> TrainedRun:
+    """The run as it was before it was damaged."""
+    (weights,) = (run.checkpoint / TENSORS).glob("*.distcp")
+    weights.write_bytes(content)
+    return run
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
@@ -125,14 +138,15 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     run = open_run(tmp_path, config, None)
     with pytest.raises(UserError, match=r"no replica 2.*evaluation\.replica"):
         load_decoder(run, BACKEND, 2)
-    weights = run.checkpoint / "slow" / "mp_rank_00_model_states.pt"
-    content = torch.load(weights)
-    del content["module"]["norm.weight"]
-    torch.save(content, weights)
-    with pytest.raises(UserError, match=r"is damaged \(slow/mp_rank"):
+    (weights,) = (run.checkpoint / TENSORS).glob("*.distcp")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"is damaged \(tensors/__0_0\.distcp has"):
         open_run(tmp_path, config, None)
-    write_manifest(run.checkpoint)
-    with pytest.raises(UserError, match=r"only one side has: norm\.weight"):
+    pieces = whole_model_pieces(load_decoder(replace_weights(run, content), BACKEND, 0))
+    del pieces["slow/norm.weight"]
+    write_checkpoint(run.checkpoint, pieces)
+    with pytest.raises(UserError, match=r"only one side has: slow/norm\.weight"):
         load_decoder(run, BACKEND, 0)
     (run.checkpoint / "manifest.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):

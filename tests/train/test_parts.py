@@ -38,11 +38,11 @@ def test_stop_by_signal_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_run_resumes_with_its_own_configuration_only(tmp_path: Path) -> None:
     config = load_train_config(NANO, [f"run_directory={tmp_path}"])
     write_description(tmp_path, config, {"processes": 2, "speed": math.nan})
-    allowed = ["logging.every=3", "checkpoint.keep=5", "training.stop_after_step=4", "evaluation.sequences=64"]
-    allowed.append("data.workers=2")
+    allowed = ["logging.every=3", "checkpoint.keep_last_k=5", "training.stop_after_step=4", "evaluation.sequences=64"]
+    allowed += ["data.workers=2", "training.zero_stage=3", "training.gradient_accumulation=2", "parallel.tensor=2"]
     check_same_configuration(tmp_path, load_train_config(NANO, [f"run_directory={tmp_path}", *allowed]))
     for override in (
-        *("optimizer.learning_rate=0.5", "training.precision=bf16", "training.gradient_accumulation=2", "seed=7"),
+        *("optimizer.learning_rate=0.5", "training.precision=bf16", "seed=7"),
         *("training.steps=700", "model.window=8", "model.memory.topk=4", "data.sequence_length=512"),
     ):
         key, value = override.split("=")

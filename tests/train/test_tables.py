@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megatron_fwpkm.checkpoint.parts import TableValues
+from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import MemoryConfig
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
 from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
 from megatron_fwpkm.profiling.traffic import RowTraffic
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed, parameter_groups
-from megatron_fwpkm.train.tables import TrainedTables, read_tables
+from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
 
@@ -191,14 +190,14 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     batches = [torch.randn(2, 3, 12).to(dtype) for _ in range(4)]
     train_step(model, tables, batches[:1])
     train_step(model, tables, batches[1:2])
-    tables.save(tmp_path / "tables")
+    save_tensors(tmp_path / "tables", TableValues(tables).pieces())
     weights = {name: tensor.detach().clone() for name, tensor in named_slow_weights(model)}
     train_step(model, tables, batches[2:3])
     train_step(model, tables, batches[3:])
 
     again = TwoMemories(dtype, n_subkeys=16)
     resumed = make_tables(again)
-    resumed.load(tmp_path / "tables")
+    assert TableValues(resumed).load(SavedTensors(tmp_path / "tables")) == []
     for name in NAMES:
         assert torch.equal(values_of(again)[name], weights[name])
         untouched = resumed[name].updates_N == 0
@@ -213,30 +212,12 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     assert equal(snapshot(tables), snapshot(third))
 
 
-def test_files_hold_moments_of_touched_rows_only(tmp_path: Path) -> None:
-    model = TwoMemories(n_subkeys=16)
-    tables = make_tables(model)
-    train_step(model, tables, [torch.randn(1, 2, 12, dtype=torch.float64)])
-    tables.save(tmp_path)
-    assert {n: t.tolist() for n, t in read_tables(tmp_path).items()} == {
-        n: t.tolist() for n, t in values_of(model).items()
-    }
-    with safe_open(tmp_path / f"{NAMES[0]}.safetensors", framework="pt") as file:
-        rows = file.get_tensor("rows")
-        assert 0 < len(rows) <= 2 * 2 * 3
-        assert file.get_tensor("first_moment").shape == (len(rows), 10)
-        assert file.get_tensor("updates").tolist() == [1] * len(rows)
-        assert file.get_tensor("table").shape == (256, 10)
-
-
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tables = make_tables(TwoMemories(n_subkeys=4))
-    with pytest.raises(UserError, match=r"layers\.0\.values\.safetensors can't be loaded"):
-        tables.load(tmp_path)
-    make_tables(TwoMemories(n_subkeys=6)).save(tmp_path)
+    save_tensors(tmp_path / "t", TableValues(make_tables(TwoMemories(n_subkeys=6))).pieces())
     before = snapshot(tables)
-    with pytest.raises(UserError, match="it has 36 rows, this table 16"):
-        tables.load(tmp_path)
+    with pytest.raises(ValueError, match=r"values\.by_slot has shape \(36, 10\).*this job's has \(16, 10\)"):
+        TableValues(tables).load(SavedTensors(tmp_path / "t"))
     with pytest.raises(ValueError, match="tables"):
         tables.load_state_dict({})
     assert equal(before, snapshot(tables))
@@ -264,30 +245,3 @@ def test_shards_are_parts_of_the_whole_of_the_same_seed(n_subkeys: int, ranks: i
             table.values_ND.fill_(9.0)
         table.place(whole.values_ND.detach())
         assert torch.equal(table.values_ND, drawn)
-
-
-def test_files_without_a_layout_are_those_of_one_rank(tmp_path: Path) -> None:
-    model = TwoMemories()
-    tables, other = make_tables(model), make_tables(TwoMemories())
-    train_step(model, tables, [torch.randn(1, 2, 12, dtype=torch.float64)])
-    tables.save(tmp_path)
-    for path in tmp_path.iterdir():
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        description = json.loads(metadata["description"])
-        for key in ("n_subkeys", "rank", "ranks"):
-            del description[key]
-        save_file(load_file(path), path, metadata | {"description": json.dumps(description | {"first_row": 0})})
-    other.load(tmp_path)
-    assert equal(snapshot(tables), snapshot(other))
-
-
-def test_files_of_another_number_of_ranks_are_refused(tmp_path: Path) -> None:
-    tables = make_tables(TwoMemories(n_subkeys=6))
-    tables.save(tmp_path)
-    for path in list(tmp_path.iterdir()):
-        path.rename(path.with_name(path.name.replace(".safetensors", ".rank_00000_of_00002.safetensors")))
-    with pytest.raises(UserError, match=r"over 2 tensor-parallel ranks and this job has 1: start it with .*tensor=2"):
-        tables.load(tmp_path)
-    with pytest.raises(ValueError, match=r"has 1 files of the table layers\.0\.values, not those of 2 ranks"):
-        read_tables(tmp_path)

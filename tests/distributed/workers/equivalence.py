@@ -322,7 +322,7 @@ class Trainer:
         build = build_sgd if patched else engine.build_optimizer
         with mock.patch.object(engine, "build_optimizer", build):
             bundle = engine.build_training(self.model, OPTIMIZER, training)
-        self.engine: Any = bundle.engine
+        self.bundle, self.engine = bundle, bundle.engine
         kind: type[Stepper] = Stepper
         if cell.pipeline > 1:
             from megatron_fwpkm.train.pipeline_step import PipelineStepper

@@ -19,6 +19,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from megatron_fwpkm.checkpoint.engine_state import EngineState
+from megatron_fwpkm.checkpoint.parts import SlowWeights, TableValues
+from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
@@ -286,19 +289,25 @@ def check_guards(precision: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def parts_of(model: SmallModel, bundle: EngineBundle) -> tuple[SlowWeights, TableValues]:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ranks = topology.Topology(rank, size, rank, size, replica=rank, replicas=size)
+    return SlowWeights(EngineState(bundle.engine, model), ranks), TableValues(bundle.tables)
+
+
 def check_resume(
     model: SmallModel, bundle: EngineBundle, training: TrainingConfig, folder: Path, precision: str
 ) -> dict[str, Any]:
     """A new model and engine go on from files as the old ones do; the draws of limited attention; documents."""
     saved, second = digest(model, bundle), torch.distributed.get_rank() == 1
-    bundle.engine.save_checkpoint(str(folder), tag="slow", save_latest=False)
-    bundle.tables.save(folder / "tables")
-    torch.distributed.barrier()
+    parts = [part.pieces() for part in parts_of(model, bundle)]
+    save_tensors(folder / "tensors", {name: pieces for part in parts for name, pieces in part.items()})
     model.limits.clear()
     results = run(make_stepper(model, bundle, training, own_share(global_batches(1))), range(2, 10))
     again, resumed, _ = build(precision, probability=0.5)
-    resumed.engine.load_checkpoint(str(folder), tag="slow")
-    resumed.tables.load(folder / "tables")
+    for part in parts_of(again, resumed):
+        part.load(SavedTensors(folder / "tensors"))
+        part.finish_loading()
     same = [digest(again, resumed) == saved]
     replayed = run(make_stepper(again, resumed, training, own_share(global_batches(1))), range(2, 10), stop=second)
     same.append(digest(again, resumed) == digest(model, bundle) != saved)

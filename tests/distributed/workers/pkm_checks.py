@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_fwpkm.checkpoint.parts import TableValues
+from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
 from megatron_fwpkm.memory.placement import ALONE, Placement
 from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
 from megatron_fwpkm.memory.tokens import summed_over
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
-from megatron_fwpkm.train.tables import TrainedTables, read_tables
+from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
 
@@ -289,8 +291,7 @@ def resume_sharded(
     trainer = Trainer(placement, replicas, dtype)
     for step in range(2):
         trainer.step(step)
-    trainer.tables.save(folder)
-    dist.barrier()
+    save_tensors(folder, TableValues(trainer.tables).pieces())
     before, weights = trainer.state(), copy.deepcopy(trainer.model.state_dict())
     optimizer = copy.deepcopy(trainer.optimizer.state_dict())
     spoil = trainer.model.second.values.register_hook(lambda gradient: gradient * float("inf"))
@@ -300,15 +301,16 @@ def resume_sharded(
     spoil.remove()
     unchanged = equal(before, trainer.state())
     resumed = Trainer(placement, replicas, dtype)
-    resumed.tables.load(folder)
+    TableValues(resumed.tables).load(SavedTensors(folder))
     resumed.model.load_state_dict(weights)
     resumed.optimizer.load_state_dict(optimizer)
     restored = equal(before, resumed.state())
     for step in range(2, STEPS):
         trainer.step(step)
         resumed.step(step)
-    files, names = read_tables(folder), list(slow_tables(trainer.model))
-    whole = TrainedTables(TwoMemories(ALONE, dtype), SETTINGS, group=alone)
+    model = TwoMemories(ALONE, dtype)
+    whole, names = TrainedTables(model, SETTINGS, group=alone), list(slow_tables(trainer.model))
+    TableValues(whole).load(SavedTensors(folder))
     return {
         "dtypes": sorted({str(values.values_ND.dtype) for values in slow_tables(trainer.model).values()}),
         "spoilt": not math.isfinite(spoilt),
@@ -316,10 +318,8 @@ def resume_sharded(
         "restored": restored,
         "resumed": equal(trainer.state(), resumed.state()) and not equal(before, trainer.state()),
         "replicas_equal": agree({name: tensor.tolist() for name, tensor in trainer.state().items()}),
-        "files": sorted(path.name for path in folder.iterdir()),
-        "files_are_whole": all(torch.equal(files[name], before[name]) for name in names),
+        "files_are_whole": all(torch.equal(whole[name].master_ND, before[name]) for name in names),
         "refusals": [
-            refusal(lambda: whole.load(folder)),
             refusal(lambda: TrainedTables(trainer.model, SETTINGS, group=replicas)),
             refusal(lambda: PKMLayer(WIDTH, PKMConfig(1, 1, 1, 8, 4), placement=placement)),
         ],

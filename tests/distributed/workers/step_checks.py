@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState
+from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.config import load_train_config
 from megatron_fwpkm.data.corpus import prepare_corpus
 from megatron_fwpkm.data.streaming import TokenLoader
@@ -24,7 +27,7 @@ from megatron_fwpkm.evaluate.perplexity import held_out_loss
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.topology import sum_over_ranks
 from megatron_fwpkm.train import job as jobs
-from megatron_fwpkm.train.checkpoint import CheckpointStore, JobState
+from megatron_fwpkm.train.job import checkpoint_parts
 from megatron_fwpkm.train.job_data import open_data
 from megatron_fwpkm.train.loop import Job
 from megatron_fwpkm.train.step import Stepper
@@ -152,23 +155,28 @@ class CountingPart:
         self.value = value
         self.broken = broken
 
-    def save(self, folder: Path) -> None:
+    def pieces(self) -> dict[str, Pieces]:
         if self.broken:
-            raise OSError("can't write")
-        (folder / f"rank_{torch.distributed.get_rank()}").write_text(str(self.value))
+            raise OSError("can't read the device")
+        return {f"counter/{torch.distributed.get_rank()}": Pieces.whole(torch.tensor(self.value))}
 
-    def load(self, folder: Path) -> None:
-        self.value = int((folder / f"rank_{torch.distributed.get_rank()}").read_text())
+    def load(self, source: SavedTensors) -> list[str]:
+        self.value = int(source.whole(f"counter/{torch.distributed.get_rank()}"))
+        return [f"counted to {self.value}"]
+
+    def finish_loading(self) -> None:
+        self.finished = True
 
 
 def check_parts(job: Job) -> dict[str, object]:
     """Further owners of state save and load themselves; one that fails on one rank leaves nothing half."""
     rank, folder = job.topology.rank, Path(job.config.run_directory) / "checkpoints"
     counter = CountingPart(10 + rank)
-    parts = {"slow_tables": counter}
-    store = CheckpointStore(folder, 2, job.topology, job.engine, job.model, parts)
-    state = JobState(1, 512, 0, None, [], job.loader.state_dict(), job.corpus, job.topology.world_size)
+    parts = {**checkpoint_parts(job.engine_bundle, job.model, job.topology), "counter": counter}
+    store = CheckpointStore(folder, job.topology, parts, asynchronous=True)
+    state = JobState(1, 512, 0, None, [], job.loader.state_dict(), job.corpus, job.layout)
     store.save(state)
+    store.finish()
     drawn = [torch.rand(3).tolist(), random.random()]
     counter.value, counter.broken = 0, rank == 1
     failed = ""
@@ -184,7 +192,7 @@ def check_parts(job: Job) -> dict[str, object]:
         "failed": failed,
         "names": names,
         "said": said,
-        "restored": everywhere(counter.value == 10 + rank),
+        "restored": everywhere(counter.value == 10 + rank and counter.finished),
         "same": found is not None and found[1] == state,
         "generators": everywhere([torch.rand(3).tolist(), random.random()] == drawn),
     }

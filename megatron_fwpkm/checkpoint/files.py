@@ -15,9 +15,13 @@ from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
 
 MANIFEST_FILE = "manifest.json"
 JOB_FILE = "job.json"
+TENSORS = "tensors"
+"""Folder that torch.distributed.checkpoint writes."""
 
 
-def describe_files(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
+def describe_files(
+    folder: Path, topology: Topology, group: torch.distributed.ProcessGroup | None = None
+) -> dict[str, dict[str, Any]]:
     """Force every file of a folder to the disk and return its size and SHA-256, on all ranks.
 
     Call it when all ranks have written. Each rank reads its share of the files once.
@@ -28,7 +32,7 @@ def describe_files(folder: Path, topology: Topology) -> dict[str, dict[str, Any]
         sync_path(folder / name)
         return _describe(folder / name)
 
-    return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint"))
+    return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint", group))
 
 
 def damage(folder: Path, topology: Topology) -> list[str]:
@@ -53,11 +57,17 @@ def damage(folder: Path, topology: Topology) -> list[str]:
     return [phrase for phrase in phrases if phrase]
 
 
-def _shared(names: Sequence[str], topology: Topology, action: Callable[[str], Any], what: str) -> list[Any]:
+def _shared(
+    names: Sequence[str],
+    topology: Topology,
+    action: Callable[[str], Any],
+    what: str,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> list[Any]:
     """Results of `action` for every name, each made on one rank."""
-    own = agree_on_errors(lambda: [action(name) for name in names[topology.rank :: topology.world_size]], what)
+    own = agree_on_errors(lambda: [action(name) for name in names[topology.rank :: topology.world_size]], what, group)
     parts: list[list[Any]] = [[] for _ in range(topology.world_size)]
-    torch.distributed.all_gather_object(parts, own)
+    torch.distributed.all_gather_object(parts, own, group=group)
     return [item for part in parts for item in part]
 
 

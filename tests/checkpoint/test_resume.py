@@ -11,27 +11,17 @@ from typing import Any, cast
 import pytest
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.files import MANIFEST_FILE, describe_files
+from megatron_fwpkm.checkpoint.store import CheckpointStore
 from megatron_fwpkm.data.recall import TRAINING, RecallConfig, RecallLoader
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import DecoderConfig
 from megatron_fwpkm.parallel.backend import TorchBackend
 from megatron_fwpkm.parallel.topology import Topology
-from megatron_fwpkm.train.checkpoint import CheckpointStore
-from megatron_fwpkm.train.checkpoint_files import MANIFEST_FILE, describe_files
 from megatron_fwpkm.train.loop import Job, Progress, resume, save
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, replica=0, replicas=1)
-
-
-class Nothing:
-    """The part of a checkpoint that DeepSpeed's engine would be."""
-
-    def save(self, folder: Path) -> None:
-        (folder / "nothing").touch()
-
-    def load(self, folder: Path) -> None:
-        assert (folder / "nothing").exists()
 
 
 class OtherLayout(RecallLoader):
@@ -58,7 +48,8 @@ def _job(folder: Path, loader: type[RecallLoader] = RecallLoader) -> Job:
         model=model,
         loader=loader(recall, 32, 2, TRAINING, 0, 1),
         held_out=[],
-        store=CheckpointStore(folder, 2, ALONE, None, model, {"slow": Nothing()}),
+        store=CheckpointStore(folder, ALONE, {}),
+        layout={"microbatch": 2, "accumulation": 1},
         corpus={"corpus": "recall"},
         recorder=cast(Any, recorder),
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE, damage, describe_files
 from megatron_fwpkm.parallel.topology import Topology
-from megatron_fwpkm.train.checkpoint_files import JOB_FILE, MANIFEST_FILE, damage, describe_files
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, replica=0, replicas=1)
 

@@ -1,0 +1,131 @@
+"""The tensors of a checkpoint: a folder that torch.distributed.checkpoint writes, all ranks together, and anyone reads.
+
+That library carries them because every rank need only say which boxes of which whole tensors it has (pieces.py):
+weights under tensor and pipeline parallelism, the flat partitions of every ZeRO stage, rows or columns of memories.
+(The universal checkpoints of DeepSpeed are made by a second pass over the files of ranks, of ZeRO stages 1 to 3 alone,
+and know parameters only.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as library
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_fwpkm.checkpoint.pieces import Pieces
+
+
+class _SavePlanner(library.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class _LoadPlanner(library.DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # The base class copies what is neither a tensor nor one of its own types.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)  # type: ignore[no-any-return, union-attr]
+
+
+_PLAIN: Any = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
+
+
+def save_tensors(folder: Path, pieces: Mapping[str, Pieces], group: dist.ProcessGroup | None = None) -> None:
+    """Write what the ranks of a group have together: every rank calls this, and one of those that have a box writes it.
+
+    Without a group and outside of one this process has everything. Nothing is forced to the disk. Raises, on all
+    ranks, the first error of any; ValueError when the boxes of a tensor don't make up the whole.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, as meant
+        try:
+            library.save(
+                dict(pieces),
+                storage_writer=library.FileSystemWriter(folder, sync_files=False, overwrite=False),
+                planner=_SavePlanner(dedup_save_to_lowest_rank=False, **_PLAIN),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
+        except library.CheckpointException as error:
+            raise _first_error(error) from error
+
+
+def _first_error(error: library.CheckpointException) -> Exception:
+    """The error of the first rank that had one."""
+    failures: Mapping[int, Any] = error.failures
+    cause = failures[min(failures)][0]
+    return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
+
+
+@dataclass(frozen=True)
+class TensorDescription:
+    """A whole tensor of a checkpoint."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class SavedTensors:
+    """The tensors in a folder. Reading is each process's own affair: no call waits for another rank.
+
+    The folder's index is a pickle, which can run code: read folders only that a checked manifest vouches for, and from
+    people you trust.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return library.FileSystemReader(self._folder).read_metadata()
+
+    @cached_property
+    def descriptions(self) -> dict[str, TensorDescription]:
+        """Every tensor by name, sorted."""
+        return {
+            name: TensorDescription(entry.size, entry.properties.dtype)
+            for name, entry in sorted(self._metadata.state_dict_metadata.items())
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, wanted: Mapping[str, Pieces]) -> None:
+        """Fill pieces, in place. Raises ValueError, before anything is read, for a tensor that is not there so."""
+        for name, pieces in wanted.items():
+            found = self.descriptions.get(name)
+            if found is None:
+                raise ValueError(f"there is no tensor {name}")
+            if (found.shape, found.dtype) != (pieces.shape, pieces.dtype):
+                raise ValueError(
+                    f"{name} has shape {tuple(found.shape)} ({found.dtype}), this job's has {tuple(pieces.shape)} "
+                    f"({pieces.dtype})"
+                )
+        # As library.load() does it for one process.
+        reader, planner = library.FileSystemReader(self._folder), _LoadPlanner(**_PLAIN)
+        planner.set_up_planner(dict(wanted), self._metadata, is_coordinator=True)
+        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        plan = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
+        reader.read_data(planner.finish_plan(reader.prepare_global_plan(plan)[0]), planner).wait()
+
+    def read_like(self, name: str, like: Tensor) -> Tensor:
+        """One whole tensor, which must have that shape and dtype. Raises ValueError if it is not so."""
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        self.read({name: Pieces.whole(tensor)})
+        return tensor
+
+    def whole(self, name: str) -> Tensor:
+        """One whole tensor. Raises ValueError if there is none of that name."""
+        if name not in self.descriptions:
+            raise ValueError(f"there is no tensor {name}")
+        description = self.descriptions[name]
+        return self.read_like(name, torch.empty(description.shape, dtype=description.dtype, device="meta"))
