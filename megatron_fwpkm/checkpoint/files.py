@@ -35,18 +35,22 @@ def describe_files(
     return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint", group))
 
 
+def read_manifest(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """What each file of a checkpoint should be, and what is wrong with that list itself."""
+    try:
+        wanted = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        if not isinstance(wanted, dict) or JOB_FILE not in wanted:  # it would vouch for files that it doesn't name
+            return {}, [f"{MANIFEST_FILE} is no list of a checkpoint's files"]
+    except FileNotFoundError:
+        return {}, [f"{MANIFEST_FILE} is missing"]
+    except (OSError, ValueError) as error:
+        return {}, [f"{MANIFEST_FILE} cannot be read: {error}"]
+    return wanted, []
+
+
 def damage(folder: Path, topology: Topology) -> list[str]:
     """What is wrong with a checkpoint, one phrase for each damaged file; the same on all ranks, empty if whole."""
-    wanted: dict[str, Any] = {}
-    own: list[str] = []
-    try:
-        wanted = json.loads((folder / MANIFEST_FILE).read_text())
-        if not isinstance(wanted, dict) or JOB_FILE not in wanted:  # it would vouch for files that it doesn't name
-            own = [f"{MANIFEST_FILE} is no list of a checkpoint's files"]
-    except FileNotFoundError:
-        own = [f"{MANIFEST_FILE} is missing"]
-    except (OSError, ValueError) as error:
-        own = [f"{MANIFEST_FILE} cannot be read: {error}"]
+    wanted, own = read_manifest(folder)
     # What one rank can't read none goes on with: the shares below come from the manifest.
     unreadable: list[list[str]] = [[] for _ in range(topology.world_size)]
     torch.distributed.all_gather_object(unreadable, own)
@@ -77,13 +81,29 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def compare_file(folder: Path, name: str, wanted: Any) -> str | None:
+def damage_seen_alone(
+    checkpoint: Path, *, read: bool = True, advance: Callable[[int], None] = lambda num_bytes: None
+) -> list[str]:
+    """As `damage`, by this process alone; without `read` by the files' sizes only. `advance` gets bytes looked at."""
+    wanted, phrases = read_manifest(checkpoint)
+    for name, entry in sorted(wanted.items()):
+        phrases += [phrase for phrase in [compare_file(checkpoint, name, entry, read=read)] if phrase]
+        advance(size_in_manifest(entry))
+    return phrases
+
+
+def size_in_manifest(entry: Any) -> int:
+    """Bytes that a file should have; 0 where the entry is damaged."""
+    return entry["bytes"] if isinstance(entry, dict) and isinstance(entry.get("bytes"), int) else 0
+
+
+def compare_file(folder: Path, name: str, wanted: Any, *, read: bool = True) -> str | None:
     """What is wrong with one file of a checkpoint, by its entry in the manifest; None if it is whole."""
     path = folder / name
     try:
         if path.stat().st_size != wanted["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {wanted['bytes']:,}"
-        if _describe(path) != wanted:
+        if read and _describe(path) != wanted:
             return f"the content of {name} doesn't match its hash"
     except FileNotFoundError:
         return f"{name} is missing"

@@ -21,7 +21,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -258,7 +258,16 @@ class CheckpointStore:
         on_leader(lambda: self._point_at(target), what, self._group)
         return sum(entry["bytes"] for entry in description.values())
 
-    def load(self, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None = None) -> Any:
+    def load_one(self, source: Path, say: Callable[[str], None]) -> JobState:
+        """Restore one checkpoint of any run, and leave that as it is. Raises SharedUserError if it is damaged."""
+        wrong = damage(source, self._topology)
+        if wrong:
+            raise SharedUserError(f"{source} is damaged ({'; '.join(wrong[:3])}); give another --checkpoint")
+        return self._take_over(source, say, None)
+
+    def load(
+        self, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None = None
+    ) -> tuple[Path, JobState] | None:
         """Restore the newest whole checkpoint; returns its path and the state that has no owner, or None.
 
         Newer ones that are damaged are renamed to damaged_<name>; `say` gets a line about each, and what parts have to
@@ -284,12 +293,17 @@ class CheckpointStore:
         if damaged:
             for line in on_leader(lambda: self._set_aside(damaged, name), "setting damaged checkpoints aside"):
                 say(line)
+        return source, self._take_over(source, say, check)
+
+    def _take_over(
+        self, source: Path, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None
+    ) -> JobState:
         state, notes = agree_on_errors(lambda: self._read(source, check), f"loading {source}")
         for part in self._parts.values():
             part.finish_loading()
         for note in notes:
             say(note)
-        return source, state
+        return state
 
     def _names(self) -> list[str]:
         """Everything with a checkpoint's name, oldest first, whole or not."""
@@ -329,9 +343,8 @@ class CheckpointStore:
     def _point_at(self, target: Path) -> None:
         write_atomically(self._folder / "latest", target.name + "\n")
         whole = [name for name in self._names() if (self._folder / name / MANIFEST_FILE).is_file()]
-        for name in whole[: -self._keep_last_k]:
-            if not self._keep_every or int(name.removeprefix("step_")) % self._keep_every:
-                remove_checkpoint(self._folder / name)
+        for path in superfluous([self._folder / name for name in whole], self._keep_last_k, self._keep_every):
+            remove_checkpoint(path)
 
     def _read(self, source: Path, check: Callable[[JobState], list[str]] | None) -> tuple[JobState, list[str]]:
         try:
@@ -360,6 +373,15 @@ def read_state(checkpoint: Path) -> JobState:
         raise UserError(
             f"cannot read {checkpoint / JOB_FILE}: {error}; delete {checkpoint} to use an older one"
         ) from error
+
+
+def superfluous(checkpoints: Sequence[Path], keep_last_k: int, keep_every: int | None) -> list[Path]:
+    """Those of complete checkpoints, oldest first, that are neither among the newest nor milestones."""
+    return [
+        path
+        for path in checkpoints[:-keep_last_k]
+        if not keep_every or int(path.name.removeprefix("step_")) % keep_every
+    ]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

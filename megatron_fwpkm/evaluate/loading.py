@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE, TENSORS, compare_file
+from megatron_fwpkm.checkpoint.catalogue import choose_checkpoint, verify
+from megatron_fwpkm.checkpoint.files import MANIFEST_FILE, TENSORS
 from megatron_fwpkm.checkpoint.parts import WEIGHTS
 from megatron_fwpkm.checkpoint.store import read_state
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
@@ -65,38 +65,11 @@ def open_run(directory: Path, config: TrainConfig, checkpoint: str | None) -> Tr
 
     Raises UserError if there is none, or it is damaged.
     """
-    source = _find_checkpoint(directory / "checkpoints", checkpoint)
-    _verify(source)
+    source = choose_checkpoint(directory, checkpoint)
+    verify(source)
     state = read_state(source)
     identity = hashlib.sha256((source / MANIFEST_FILE).read_bytes()).hexdigest()
     return TrainedRun(directory, config, source, state.step, state.tokens, state.corpus, identity)
-
-
-def _find_checkpoint(folder: Path, name: str | None) -> Path:
-    complete = sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST_FILE}"))
-    if not complete:
-        raise UserError(f"{folder} has no complete checkpoint; train for at least checkpoint.every steps")
-    if name is None:
-        return complete[-1]
-    if folder / name not in complete:
-        raise UserError(
-            f"{folder} has no complete checkpoint {name!r}; there are {', '.join(p.name for p in complete)}"
-        )
-    return folder / name
-
-
-def _verify(source: Path) -> None:
-    """Raise UserError unless the files of a checkpoint are those of its manifest."""
-    try:
-        manifest = json.loads((source / MANIFEST_FILE).read_text())
-        if JOB_FILE not in manifest:
-            raise UserError(f"{source / MANIFEST_FILE} does not name {JOB_FILE}; give another --checkpoint")
-        for name, wanted in manifest.items():
-            wrong = compare_file(source, name, wanted)
-            if wrong is not None:
-                raise UserError(f"{source} is damaged ({wrong}); give another --checkpoint, or train again from there")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {source}: {error}; give another --checkpoint") from error
 
 
 def load_decoder(

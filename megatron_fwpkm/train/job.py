@@ -132,7 +132,7 @@ def _train_and_measure(job: Job, progress: Progress, stop: StopRequest, started:
 
 
 def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
-    model = _build_model(config, ranks, padded_vocabulary(data.vocab_size, config.parallel.tensor))
+    model = build_model(config, ranks, padded_vocabulary(data.vocab_size, config.parallel.tensor))
     model.recompute_sublayers(config.training.activation_checkpointing == "sublayers")
     count = model.num_parameters()  # before ZeRO-3 takes the weights apart
     bundle = build_training(model, config.optimizer, config.training)
@@ -161,16 +161,17 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
             asynchronous=config.checkpoint.asynchronous,
             timeout_seconds=config.parallel.timeout_seconds,
         ),
-        layout=layout_of(
-            ranks,
-            config.training.zero_stage,
-            config.training.micro_batch_size,
-            config.training.gradient_accumulation,
-        ),
+        layout=describe_layout(config, ranks),
         recorder=recorder,
         parameters=count,
         **_ways_of_a_pipeline(ranks, bundle.engine),
     )
+
+
+def describe_layout(config: TrainConfig, ranks: parallel.Topology) -> dict[str, Any]:
+    """How the ranks of a job divide the work, as checkpoints tell it."""
+    training = config.training
+    return layout_of(ranks, training.zero_stage, training.micro_batch_size, training.gradient_accumulation)
 
 
 def checkpoint_parts(
@@ -186,7 +187,8 @@ def checkpoint_parts(
     }
 
 
-def _build_model(config: TrainConfig, ranks: parallel.Topology, vocab_size: int) -> BlockStack:
+def build_model(config: TrainConfig, ranks: parallel.Topology, vocab_size: int) -> BlockStack:
+    """The model, or this rank's stage of it; `vocab_size` are the rows of the whole embedding."""
     backend = megatron_backend(config.model.initial_std, config.model.norm_epsilon, ranks.placement)
     if ranks.stages == 1:
         return Decoder(config.model, vocab_size, backend, config.seed)

@@ -307,7 +307,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     """Bytes of this rank by category."""
     ranks = topology.build_groups(config.parallel)
     torch.manual_seed(1)
-    model = job._build_model(
+    model = job.build_model(
         config, ranks, padded_vocabulary(config.data.vocab_size or VOCABULARY, config.parallel.tensor)
     )
     model.recompute_sublayers(config.training.activation_checkpointing == "sublayers")

@@ -80,8 +80,9 @@ def run_leg(leg: Leg) -> dict[str, Any]:
     done = 0
     if leg.come_from:
         store = CheckpointStore(Path(leg.folder) / leg.come_from, trainer.ranks, parts)
-        _, state = store.load(notes.append)
-        done = state.step
+        loaded = store.load(notes.append)
+        assert loaded is not None
+        done = loaded[1].step
         for _ in range(done * leg.cell.accumulation):
             next(stream)
 
