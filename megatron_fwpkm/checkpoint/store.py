@@ -178,9 +178,7 @@ class CheckpointStore:
         self._keep_last_k, self._keep_every = keep_last_k, keep_every
         self._asynchronous = asynchronous
         # Exchanges of its own: training's go on in the default group.
-        self._group: dist.ProcessGroup | None = None
-        if topology.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._writing: _Writing | None = None
         self._reports: list[SaveReport] = []
 

@@ -41,18 +41,11 @@ def _first_subkeys(n_subkeys: int, total: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def slot_order(n_subkeys: int) -> Tensor:
-    """[n * n] int64: the slot of each place in the order of files."""
-    parts = []
-    for total in _diagonals(n_subkeys):
-        first = torch.arange(*_first_subkeys(n_subkeys, total))
-        parts.append(first * n_subkeys + (total - first))
-    return torch.cat(parts)
-
-
-@functools.lru_cache(maxsize=8)
 def owned_rows(n_subkeys: int, rank: int, ranks: int) -> OwnedRows:
-    """Where the rows of a rank's table (in the order of `routing.owned_slots`) go in the order of files."""
+    """Where the rows of a rank's table (in the order of `routing.owned_slots`) go in the order of files.
+
+    Of one rank alone the rows are the slots: `owned_rows(n, 0, 1).rows` is the order itself.
+    """
     width = -(-n_subkeys // ranks)
     runs: list[tuple[int, int]] = []
     rows, place = [], 0

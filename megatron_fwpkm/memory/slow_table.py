@@ -10,7 +10,7 @@ Letters: N rows of this rank, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,15 +81,3 @@ class SlowTable:
             values.grad = None if gradient is None else change(gradient)
         else:
             self.values_ND = changed.detach().requires_grad_(values.requires_grad)
-
-
-def whole_table(shards: Sequence[Tensor], n_subkeys: int) -> Tensor:
-    """[n², D] from the tables [N, D] of all ranks, in order."""
-    if len(shards) == 1:
-        return shards[0]
-    whole = shards[0].new_empty(n_subkeys**2, shards[0].shape[1])
-    for rank, rows_ND in enumerate(shards):
-        owned_N = owned_slots(n_subkeys, rank, len(shards))
-        there = owned_N >= 0
-        whole[owned_N[there]] = rows_ND[there]
-    return whole

@@ -14,12 +14,13 @@ from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import MemoryConfig
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
-from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
+from megatron_fwpkm.memory.slow_table import SlowTable
 from megatron_fwpkm.profiling.traffic import RowTraffic
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed, parameter_groups
 from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
+from tests.memory_tables import whole_table
 
 SETTINGS = RowSettings(betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1)
 NAMES = ["layers.0.values", "layers.2.values"]

@@ -23,12 +23,13 @@ from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
 from megatron_fwpkm.memory.placement import ALONE, Placement
-from megatron_fwpkm.memory.slow_table import SlowTable, whole_table
+from megatron_fwpkm.memory.slow_table import SlowTable
 from megatron_fwpkm.memory.tokens import summed_over
 from megatron_fwpkm.train.optimizer import build_optimizer, is_decayed
 from megatron_fwpkm.train.tables import TrainedTables
 from megatron_fwpkm.train.touched_rows import RowSettings
 from megatron_fwpkm.train.touched_rows_reference import DenseReference
+from tests.memory_tables import whole_table
 
 WIDTH = 12
 CASES: dict[str, tuple[PKMConfig, int, int]] = {  # settings, sequences, tokens of each
