@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fwpkm.checkpoint.engine_state import EngineState
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import FastState
@@ -41,8 +41,8 @@ WEIGHTS = "slow/"
 class CheckpointPart(Protocol):
     """Owner of a part of a job's state."""
 
-    def pieces(self) -> dict[str, Pieces]:
-        """What this rank has, by the whole tensor's name: views of what the job works with, or copies."""
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
+        """What this rank has, by the whole tensor's name: views of what the job works with, or copies in `staging`."""
 
     def load(self, source: SavedTensors) -> list[str]:
         """Take everything over, bitwise where nothing has to be changed; returns notes for the user."""
@@ -57,7 +57,7 @@ class SlowWeights:
     def __init__(self, state: EngineState, topology: Topology) -> None:
         self._state, self._topology = state, topology
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         """Of a weight that two stages share those of the first."""
         found = {}
         for name, parameter, run in self._state.runs():
@@ -119,9 +119,14 @@ class SlotRows:
         self._owned: OwnedRows = owned_rows(n_subkeys, rank, ranks)
         self._rows = n_subkeys * -(-n_subkeys // ranks)
 
-    def pieces(self, table: Tensor) -> Pieces:
+    def pieces(self, name: str, table: Tensor, staging: Staging) -> Pieces:
         """Of a rank's table [N, D], or of one number for each row [N]: a copy on the CPU, in the order of files."""
-        ordered = table.detach().index_select(0, self._owned.rows.to(table.device)).cpu()
+        rows = self._owned.rows.to(table.device)
+        ordered = staging.buffer(name, (len(rows), *table.shape[1:]), table.dtype)
+        if table.device == ordered.device:
+            torch.index_select(table.detach(), 0, rows, out=ordered)
+        else:
+            ordered.copy_(table.detach().index_select(0, rows))
         return self._pieces(ordered, owned=True)
 
     def read(self, source: SavedTensors, name: str, like: Tensor) -> Tensor:
@@ -155,13 +160,14 @@ class TableValues:
             for name, shard in tables.shards.items()
         }
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         """Of all replicas the same."""
         found: dict[str, Pieces] = {}
         for name, (table, rows) in self._tables.items():
             state = table.state_dict()
             for key, tensor in _TABLE.items():
-                found[f"{key}{name}{BY_SLOT}"] = rows.pieces(state[tensor])
+                saved = f"{key}{name}{BY_SLOT}"
+                found[saved] = rows.pieces(saved, state[tensor], staging)
             found[_CLOCK_NOW + name] = Pieces.whole(torch.tensor(table.clock, dtype=torch.float64))
         return found
 
@@ -215,11 +221,11 @@ class FastStates:
         """Memories of the job, each written by its replicas alone."""
         self._memory = topology.replica // place.replicas
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         """This rank's rows or columns of its memory, unfolded: table and running scale."""
         found: dict[str, Pieces] = {}
         for index, state in self._states:
-            found |= memory_pieces(state, fast_name(self._memory, index), self._rank, self._ranks)
+            found |= memory_pieces(state, fast_name(self._memory, index), staging, self._rank, self._ranks)
         return found
 
     def load(self, source: SavedTensors) -> list[str]:
@@ -256,11 +262,12 @@ class FastStates:
         """Nothing."""
 
 
-def memory_pieces(state: FastState, name: str, rank: int = 0, ranks: int = 1) -> dict[str, Pieces]:
+def memory_pieces(state: FastState, name: str, staging: Staging, rank: int = 0, ranks: int = 1) -> dict[str, Pieces]:
     """What this rank has of one memory, unfolded: table and running scale."""
+    values = f"{name}/values{BY_SLOT}"
     return {
         f"{name}/keys": Pieces.whole(state.keys_H2nd),
-        f"{name}/values{BY_SLOT}": _rows_of(state, rank, ranks).pieces(state.table_ND),
+        values: _rows_of(state, rank, ranks).pieces(values, state.table_ND, staging),
         f"{name}/scale": Pieces.whole(torch.tensor(state.scale, dtype=torch.float64)),
         f"{name}/version": Pieces.whole(torch.tensor(state.version)),
     }
@@ -312,7 +319,7 @@ class RandomGenerators:
     def __init__(self, topology: Topology) -> None:
         self._name = f"random/rank_{topology.rank:05d}"
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         """This rank's generators."""
         python = torch.frombuffer(bytearray(json.dumps(random.getstate()).encode()), dtype=torch.uint8)
         states = {"torch": torch.get_rng_state(), "python": python}

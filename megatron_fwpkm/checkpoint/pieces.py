@@ -65,6 +65,28 @@ def _within(shape: tuple[int, ...], line: int, start: int, stop: int, place: int
         yield Box((line, *box.offsets), (1, *box.sizes), box.start)
 
 
+class Staging:
+    """Memory of the CPU that a state is copied into to be saved, kept for the next save: getting it anew costs more.
+
+    On a machine with GPUs it is page-locked.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for one tensor; the same for the same name, as long as nothing else is asked for."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != torch.Size(shape) or kept.dtype != dtype:
+            kept = torch.empty(tuple(shape), dtype=dtype, pin_memory=torch.cuda.is_available())
+            self._kept[name] = kept
+        return kept
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self._kept.clear()
+
+
 class Pieces:
     """What a rank has of one whole tensor.
 
@@ -72,7 +94,7 @@ class Pieces:
         shape: of the whole
         dtype: of the whole
         pieces: (offsets, tensor) of each box; those that are read into are written in place
-        owned: whether the pieces are copies that nothing changes
+        owned: whether the pieces are copies that nothing changes until the next save
 
     The methods with two underscores are what torch.distributed.checkpoint asks of an object that it saves or loads.
     """
@@ -127,11 +149,14 @@ class Pieces:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def copied(self) -> Pieces:
-        """The same pieces on the CPU, in memory of their own."""
+    def copied(self, name: str, staging: Staging) -> Pieces:
+        """The same pieces on the CPU, in memory kept under a name."""
         if self._owned:
             return self
-        copies = [(offsets, tensor.to("cpu", copy=True)) for offsets, tensor in self._pieces.items()]
+        copies = [
+            (offsets, staging.buffer(f"{name} {number}", tensor.shape, tensor.dtype).copy_(tensor))
+            for number, (offsets, tensor) in enumerate(self._pieces.items())
+        ]
         return Pieces(self.shape, self.dtype, copies, owned=True)
 
     def size(self) -> torch.Size:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE, TENSORS, damage, describe_files
 from megatron_fwpkm.checkpoint.parts import CheckpointPart
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.files import strict_json, sync_path, write_atomically
@@ -179,6 +179,7 @@ class CheckpointStore:
         self._asynchronous = asynchronous
         # Exchanges of its own: training's go on in the default group.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._staging = Staging()
         self._writing: _Writing | None = None
         self._reports: list[SaveReport] = []
 
@@ -233,13 +234,16 @@ class CheckpointStore:
             self._writing = _Writing(write)
         else:
             self._reports.append(write())
+            self._staging.release()
         return target
 
     def _pieces(self) -> dict[str, Pieces]:
         pieces: dict[str, Pieces] = {}
         for part in self._parts.values():
-            pieces |= part.pieces()
-        return {name: one.copied() for name, one in pieces.items()} if self._asynchronous else pieces
+            pieces |= part.pieces(self._staging)
+        if not self._asynchronous:
+            return pieces
+        return {name: one.copied(name, self._staging) for name, one in pieces.items()}
 
     def _write(self, target: Path, state: JobState, pieces: dict[str, Pieces]) -> int:
         """Bytes of all files."""

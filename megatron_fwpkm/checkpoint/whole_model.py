@@ -13,7 +13,7 @@ from megatron_fwpkm.checkpoint.parts import (
     load_memory,
     memory_pieces,
 )
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.memory.pkm_layer import named_slow_weights, slow_tables
 from megatron_fwpkm.model.decoder import Decoder
@@ -50,17 +50,17 @@ def load_whole_model(model: Decoder, source: SavedTensors, memory: int = 0) -> N
 @torch.no_grad()
 def whole_model_pieces(model: Decoder) -> dict[str, Pieces]:
     """Weights and fast states of a model as `load_whole_model` reads them; moments there are none."""
-    found, tables = {}, slow_tables(model)
+    found, tables, staging = {}, slow_tables(model), Staging()
     for name, weight in named_slow_weights(model):
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         saved = _saved_name(name, name in tables)
         if name in tables:
             config = tables[name].config
-            found[saved] = SlotRows(config.n_subkeys, config.v_dim).pieces(wide)
+            found[saved] = SlotRows(config.n_subkeys, config.v_dim).pieces(saved, wide, staging)
         else:
             found[saved] = Pieces.whole(wide)
     for index, state in model.fast_states():
-        found |= memory_pieces(state, fast_name(0, index))
+        found |= memory_pieces(state, fast_name(0, index), staging)
     return found
 
 

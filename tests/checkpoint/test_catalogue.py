@@ -15,7 +15,7 @@ import torch.distributed
 
 from megatron_fwpkm.checkpoint.catalogue import choose_checkpoint, describe, find_checkpoints, prune, verify
 from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.errors import UserError
@@ -31,7 +31,7 @@ class Numbers:
 
     value = 0.0
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         return {"slow/numbers": Pieces.whole(torch.full((1000,), self.value))}
 
     def load(self, source: SavedTensors) -> list[str]:
@@ -100,7 +100,7 @@ def test_a_state_that_changes_while_it_is_written_is_saved_as_it_was(tmp_path: P
     numbers = Numbers()
     store = CheckpointStore(tmp_path / "checkpoints", ALONE, {"numbers": numbers}, asynchronous=True)
     held = torch.full((1000,), 1.0)
-    numbers.pieces = lambda: {"slow/numbers": Pieces.whole(held)}  # type: ignore[method-assign]
+    numbers.pieces = lambda staging: {"slow/numbers": Pieces.whole(held)}  # type: ignore[method-assign]
     store.save(state_of(10))
     held.fill_(2.0)
     store.finish()
@@ -111,7 +111,7 @@ def test_a_failed_save_is_told_by_the_next_call(tmp_path: Path, one_rank: None) 
     numbers = Numbers()
     store = CheckpointStore(tmp_path / "checkpoints", ALONE, {"numbers": numbers}, asynchronous=True)
     gap = Pieces((4,), torch.float32, [((0,), torch.ones(3)), ((2,), torch.ones(2))])
-    numbers.pieces = lambda: {"slow/numbers": gap}  # type: ignore[method-assign]
+    numbers.pieces = lambda staging: {"slow/numbers": gap}  # type: ignore[method-assign]
     store.save(state_of(10))
     with pytest.raises(RuntimeError, match=r"writing a checkpoint failed on rank 0: ValueError: .*overlapping"):
         store.finish()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fwpkm.checkpoint.pieces import Pieces, boxes_of_run
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging, boxes_of_run
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 
 
@@ -102,8 +102,12 @@ def test_tensors_with_gaps_or_overlaps_are_not_written(tmp_path: Path) -> None:
 def test_copies_stay_as_they_were() -> None:
     tensor = torch.zeros(4)
     view = Pieces.whole(tensor)
-    copy = view.copied()
+    staging = Staging()
+    copy = view.copied("a", staging)
     tensor += 1
     assert view.tensors[0].tolist() == [1.0] * 4 and copy.tensors[0].tolist() == [0.0] * 4
-    assert copy.copied() is copy
+    assert copy.copied("a", staging) is copy
+    again = view.copied("a", staging)
+    assert again.tensors[0].data_ptr() == copy.tensors[0].data_ptr()  # of the save before
+    assert view.copied("b", staging).tensors[0].data_ptr() != again.tensors[0].data_ptr()
     assert copy.num_bytes == copy.whole_bytes == 16

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_fwpkm.checkpoint.files import TENSORS
 from megatron_fwpkm.checkpoint.parts import fast_name, memory_pieces
+from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.checkpoint.tensors import save_tensors
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
@@ -122,7 +123,7 @@ def test_memories_of_independent_replicas_follow_the_policy(tiny_job: TinyJob) -
         fresh = Decoder(equivalence.model_config(one), equivalence.VOCABULARY, TorchBackend(), seed)
     pieces: dict[str, Any] = {}
     for index, state in fresh.fast_states():
-        pieces |= memory_pieces(state, fast_name(0, index))
+        pieces |= memory_pieces(state, fast_name(0, index), Staging())
     save_tensors(Path(folder) / "fresh" / TENSORS, pieces)
     wanted = {
         "keep": first,

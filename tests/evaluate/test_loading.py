@@ -14,7 +14,7 @@ import torch
 
 from megatron_fwpkm.checkpoint.files import JOB_FILE, TENSORS
 from megatron_fwpkm.checkpoint.parts import fast_name, memory_pieces
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.store import JobState
 from megatron_fwpkm.checkpoint.tensors import save_tensors
 from megatron_fwpkm.checkpoint.whole_model import whole_model_pieces
@@ -53,7 +53,7 @@ def write_run(folder: Path, seed: int = 7) -> Decoder:
     pieces = whole_model_pieces(model)
     for block, state in model.fast_states():
         state.table_ND.mul_(2)
-        pieces |= memory_pieces(state, fast_name(1, block))
+        pieces |= memory_pieces(state, fast_name(1, block), Staging())
     write_checkpoint(checkpoint, pieces)
     (folder / "config.yaml").write_text(to_yaml(config))
     return model

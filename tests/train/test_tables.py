@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fwpkm.checkpoint.parts import TableValues
+from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory import MemoryConfig
@@ -191,7 +192,7 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     batches = [torch.randn(2, 3, 12).to(dtype) for _ in range(4)]
     train_step(model, tables, batches[:1])
     train_step(model, tables, batches[1:2])
-    save_tensors(tmp_path / "tables", TableValues(tables).pieces())
+    save_tensors(tmp_path / "tables", TableValues(tables).pieces(Staging()))
     weights = {name: tensor.detach().clone() for name, tensor in named_slow_weights(model)}
     train_step(model, tables, batches[2:3])
     train_step(model, tables, batches[3:])
@@ -215,7 +216,7 @@ def test_files_resume_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tables = make_tables(TwoMemories(n_subkeys=4))
-    save_tensors(tmp_path / "t", TableValues(make_tables(TwoMemories(n_subkeys=6))).pieces())
+    save_tensors(tmp_path / "t", TableValues(make_tables(TwoMemories(n_subkeys=6))).pieces(Staging()))
     before = snapshot(tables)
     with pytest.raises(ValueError, match=r"values\.by_slot has shape \(36, 10\).*this job's has \(16, 10\)"):
         TableValues(tables).load(SavedTensors(tmp_path / "t"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_fwpkm.checkpoint.engine_state import EngineState
 from megatron_fwpkm.checkpoint.parts import SlowWeights, TableValues
+from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.data.batch import IGNORED_LABEL, TokenBatch
 from megatron_fwpkm.errors import SharedUserError, UserError
@@ -300,7 +301,7 @@ def check_resume(
 ) -> dict[str, Any]:
     """A new model and engine go on from files as the old ones do; the draws of limited attention; documents."""
     saved, second = digest(model, bundle), torch.distributed.get_rank() == 1
-    parts = [part.pieces() for part in parts_of(model, bundle)]
+    parts = [part.pieces(Staging()) for part in parts_of(model, bundle)]
     save_tensors(folder / "tensors", {name: pieces for part in parts for name, pieces in part.items()})
     model.limits.clear()
     results = run(make_stepper(model, bundle, training, own_share(global_batches(1))), range(2, 10))

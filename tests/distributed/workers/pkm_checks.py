@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_fwpkm.checkpoint.parts import TableValues
+from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.memory.pkm_layer import PKMConfig, PKMLayer, named_slow_weights, slow_tables
@@ -292,7 +293,7 @@ def resume_sharded(
     trainer = Trainer(placement, replicas, dtype)
     for step in range(2):
         trainer.step(step)
-    save_tensors(folder, TableValues(trainer.tables).pieces())
+    save_tensors(folder, TableValues(trainer.tables).pieces(Staging()))
     before, weights = trainer.state(), copy.deepcopy(trainer.model.state_dict())
     optimizer = copy.deepcopy(trainer.optimizer.state_dict())
     spoil = trainer.model.second.values.register_hook(lambda gradient: gradient * float("inf"))

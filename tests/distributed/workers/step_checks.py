@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from megatron_fwpkm.checkpoint.pieces import Pieces
+from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.config import load_train_config
@@ -155,7 +155,7 @@ class CountingPart:
         self.value = value
         self.broken = broken
 
-    def pieces(self) -> dict[str, Pieces]:
+    def pieces(self, staging: Staging) -> dict[str, Pieces]:
         if self.broken:
             raise OSError("can't read the device")
         return {f"counter/{torch.distributed.get_rank()}": Pieces.whole(torch.tensor(self.value))}
