@@ -99,9 +99,9 @@ class Sweep:
         run, about = self._folder / "run", self._folder / "run.json"
         if not about.exists():
             shutil.rmtree(run, ignore_errors=True)
-            about.write_text(
-                json.dumps({"layout": draw.choice(list(LAYOUTS)), "expected": 0, "damaged": [], "starts": 0})
-            )
+            kills = collections.Counter(trial["layout"] for trial in self.trials if trial["killed"])
+            layout = min(LAYOUTS, key=lambda name: kills[name])  # the one with the fewest
+            about.write_text(json.dumps({"layout": layout, "expected": 0, "damaged": [], "starts": 0}))
         before = json.loads(about.read_text())
         layout = before["layout"]
         fault: dict[str, Any] = {"who": draw.choice(["all", "all", 0, 1])}
