@@ -20,19 +20,22 @@ def find_checkpoints(place: Path) -> list[Path]:
 
     Raises UserError if there is none.
     """
-    if _NAME.fullmatch(place.name) or (place / MANIFEST_FILE).is_file():
-        found = [place] if place.is_dir() else []
-    else:
-        folder = place / CHECKPOINTS if (place / CHECKPOINTS).is_dir() else place
-        found = sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
+    found = _find(place)
     if not found:
         raise UserError(f"{place} is no checkpoint and has none; give a run directory or one of its checkpoints/step_*")
     return found
 
 
+def _find(place: Path) -> list[Path]:
+    if _NAME.fullmatch(place.name) or (place / MANIFEST_FILE).is_file():
+        return [place] if place.is_dir() else []
+    folder = place / CHECKPOINTS if (place / CHECKPOINTS).is_dir() else place
+    return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
+
+
 def choose_checkpoint(place: Path, name: str | None = None) -> Path:
     """The named or newest complete checkpoint of a run, or the one given. Raises UserError if there is none."""
-    complete = [path for path in find_checkpoints(place) if (path / MANIFEST_FILE).is_file()]
+    complete = [path for path in _find(place) if (path / MANIFEST_FILE).is_file()]
     if not complete:
         raise UserError(f"{place} has no complete checkpoint; train for at least checkpoint.every steps")
     if name is None:

@@ -39,7 +39,7 @@ def test_a_run_resumes_with_its_own_configuration_only(tmp_path: Path) -> None:
     config = load_train_config(NANO, [f"run_directory={tmp_path}"])
     write_description(tmp_path, config, {"processes": 2, "speed": math.nan})
     allowed = ["logging.every=3", "checkpoint.keep_last_k=5", "training.stop_after_step=4", "evaluation.sequences=64"]
-    allowed += ["data.workers=2", "training.zero_stage=3", "training.gradient_accumulation=2", "parallel.tensor=2"]
+    allowed += ["data.workers=2", "training.zero_stage=3", "training.gradient_accumulation=2", "parallel.processes=4"]
     check_same_configuration(tmp_path, load_train_config(NANO, [f"run_directory={tmp_path}", *allowed]))
     for override in (
         *("optimizer.learning_rate=0.5", "training.precision=bf16", "seed=7"),
