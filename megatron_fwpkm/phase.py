@@ -27,7 +27,9 @@ class Phase:
     def during(self, work: str) -> Iterator[None]:
         """Within the context this process is at some work, at no place in the model as yet."""
         if self._is_aside():
+            before_aside, self._own.work = self._own.work, work
             yield
+            self._own.work = before_aside
             return
         before = self.work, self.place
         self.work, self.place = work, ""
@@ -36,10 +38,14 @@ class Phase:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within the context nothing that this thread does is noted."""
-        self._own.aside = True
+        """Within the context what this thread does is noted for it alone."""
+        self._own.aside, self._own.work = True, "starting"
         yield
         self._own.aside = False
+
+    def of_thread(self) -> str:
+        """What this thread does, be it aside or not."""
+        return self._own.work if self._is_aside() else str(self)
 
     def _is_aside(self) -> bool:
         return getattr(self._own, "aside", False)

@@ -124,6 +124,7 @@ class _Writing:
         self._write = write
         self._report: SaveReport | None = None
         self.error: BaseException | None = None
+        self.failed_while = ""
         # A process that ends for another reason does not wait for it.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -133,6 +134,7 @@ class _Writing:
             with PHASE.aside():
                 self._report = self._write()
         except BaseException as error:
+            self.failed_while = PHASE.of_thread()
             self.error = error
 
     @property
@@ -141,9 +143,11 @@ class _Writing:
 
     def wait(self) -> SaveReport:
         """Its report, or its error."""
-        self._thread.join()
+        with PHASE.during("waiting for a checkpoint to be written"):
+            self._thread.join()
         if self.error is not None:
-            raise self.error
+            with PHASE.during(self.failed_while):
+                raise self.error
         assert self._report is not None
         return self._report
 
@@ -203,9 +207,8 @@ class CheckpointStore:
     def finish(self) -> None:
         """Wait for a save that goes on beside training. Raises what `save` does."""
         if self._writing is not None:
-            with PHASE.during("waiting for a checkpoint to be written"):
-                writing, self._writing = self._writing, None
-                self._reports.append(writing.wait())
+            writing, self._writing = self._writing, None
+            self._reports.append(writing.wait())
 
     def save(self, state: JobState) -> Path:
         """Write a checkpoint of this step unless there is one, point `latest` at it, drop the oldest.

@@ -97,6 +97,7 @@ MEMORY = "(memory of block 1)"
         ("die", "exchanging with another stage in step 3", STAGES),
         ("raise", f"in the forward pass of step 3 {MEMORY}", TENSOR),
         ("raise", f"in the backward pass of step 3 {MEMORY}", (*TENSOR, "parallel.memory.sharding=columns")),
+        ("raise", "writing a checkpoint", (*TENSOR, "checkpoint.asynchronous=false")),
         ("raise", "writing a checkpoint", TENSOR),
     ],
 )

@@ -62,7 +62,7 @@ def break_exchange(fault: str, phase: str) -> None:
 
     def broken(exchange: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
-            if str(PHASE) == phase and torch.distributed.get_rank() == 1:
+            if PHASE.of_thread() == phase and torch.distributed.get_rank() == 1:
                 if fault == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("built-in fault")
