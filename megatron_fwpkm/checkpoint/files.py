@@ -35,6 +35,15 @@ def describe_files(
     return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint", group))
 
 
+def describe_files_alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """As `describe_files`, by this process alone."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sync_path(path)
+        found[str(path.relative_to(folder))] = _describe(path)
+    return found
+
+
 def read_manifest(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
     """What each file of a checkpoint should be, and what is wrong with that list itself."""
     try:

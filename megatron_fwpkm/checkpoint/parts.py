@@ -36,6 +36,7 @@ from megatron_fwpkm.train.tables import TrainedTables
 
 BY_SLOT = ".by_slot"
 WEIGHTS = "slow/"
+_STEPS = "optimizer_steps"
 
 
 class CheckpointPart(Protocol):
@@ -52,7 +53,10 @@ class CheckpointPart(Protocol):
 
 
 class SlowWeights:
-    """The parameters of a model in a DeepSpeed engine, and AdamW's moments of them."""
+    """The parameters of a model in a DeepSpeed engine, and AdamW's moments of them.
+
+    A checkpoint may have weights and no moments (convert/begin_run.py writes those): they then begin at zero.
+    """
 
     def __init__(self, state: EngineState, topology: Topology) -> None:
         self._state, self._topology = state, topology
@@ -67,15 +71,15 @@ class SlowWeights:
             for moment, values in run.moments.items():
                 found[f"{moment}/{name}"] = self._of_run(parameter, values, run.start)
         # The number of steps is one for all; whichever rank writes it.
-        found["optimizer_steps"] = Pieces.whole(torch.tensor(self._state.steps()))
+        found[_STEPS] = Pieces.whole(torch.tensor(self._state.steps()))
         return found
 
     def load(self, source: SavedTensors) -> list[str]:
         """Fp32 weights and moments in place; weights that the model computes with are cast from whole fp32 ones."""
-        runs = {}
+        runs, trained = {}, _STEPS in source.descriptions
         for name, parameter, run in self._state.runs():
             runs[name] = run
-            wanted = {f"{moment}/{name}": values for moment, values in run.moments.items()}
+            wanted = {f"{moment}/{name}": values for moment, values in run.moments.items()} if trained else {}
             if self._state.divides_weights:
                 wanted[WEIGHTS + name] = run.weight
             source.read({key: self._of_run(parameter, values, run.start) for key, values in wanted.items()})
@@ -89,7 +93,9 @@ class SlowWeights:
                     if name in runs:
                         run = runs[name]
                         run.weight.copy_(weight[run.start : run.start + run.weight.numel()])
-        self._state.set_steps(int(source.whole("optimizer_steps")))
+        if not trained:
+            return ["the checkpoint has weights and memories alone: the optimizer begins anew"]
+        self._state.set_steps(int(source.whole(_STEPS)))
         return []
 
     def finish_loading(self) -> None:
@@ -175,8 +181,11 @@ class TableValues:
         """This rank's rows."""
         for name, (table, rows) in self._tables.items():
             state = table.state_dict()
-            read = {tensor: rows.read(source, f"{key}{name}{BY_SLOT}", state[tensor]) for key, tensor in _TABLE.items()}
-            table.load_state_dict({**read, "clock": float(source.whole(_CLOCK_NOW + name))})
+            trained = _CLOCK_NOW + name in source.descriptions
+            kinds = {key: tensor for key, tensor in _TABLE.items() if trained or key == WEIGHTS}
+            read = {tensor: rows.read(source, f"{key}{name}{BY_SLOT}", state[tensor]) for key, tensor in kinds.items()}
+            clock = float(source.whole(_CLOCK_NOW + name)) if trained else state["clock"]
+            table.load_state_dict({**state, **read, "clock": clock})
         return []
 
     def finish_loading(self) -> None:

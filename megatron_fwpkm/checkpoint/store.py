@@ -29,7 +29,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE, TENSORS, damage, describe_files
+from megatron_fwpkm.checkpoint.files import (
+    JOB_FILE,
+    MANIFEST_FILE,
+    TENSORS,
+    damage,
+    describe_files,
+    describe_files_alone,
+)
 from megatron_fwpkm.checkpoint.parts import CheckpointPart
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
@@ -55,9 +62,10 @@ class JobState:
     recent_losses: list[float]
     data_cursor: dict[str, Any]
     corpus: dict[str, str]
-    """Hashes of the corpus and tokenizer that the run reads."""
+    """Hashes of the corpus and tokenizer that the run reads; empty where nothing has been read yet."""
     layout: dict[str, Any]
-    """How the ranks divided the work: for the reader, and the number of sequences that a step must go on with."""
+    """How the ranks divided the work: for the reader, and the number of sequences that a step must go on with; empty
+    where no job has written it."""
     skipped_in_a_row: int = 0
     """Steps skipped just before; without them a run that has diverged would have all its tries again at each start."""
     format_version: int = FORMAT_VERSION
@@ -83,6 +91,8 @@ def layout_of(topology: Topology, zero_stage: int, micro_batch_size: int, accumu
 
 def check_batch(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Notes on a batch that is divided otherwise. Raises UserError where a step would have other sequences."""
+    if not then:  # no job has written it
+        return []
     sizes = [layout.get("microbatch", 0) * layout.get("accumulation", 0) for layout in (then, now)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -361,6 +371,17 @@ class CheckpointStore:
         except Exception as error:
             raise UserError(f"{source} can't be loaded: {error}") from error
         return state, notes
+
+
+def save_alone(folder: Path, state: JobState, pieces: Mapping[str, Pieces]) -> Path:
+    """Write a checkpoint of what one process has, outside of any job; returns its folder."""
+    target = folder / f"step_{state.step:08d}"
+    partial = _partial(target)
+    save_tensors(partial / TENSORS, pieces)
+    _write_job(partial, state)
+    _commit(partial, target, describe_files_alone(partial))
+    write_atomically(folder / "latest", target.name + "\n")
+    return target
 
 
 def read_state(checkpoint: Path) -> JobState:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from megatron_fwpkm.checkpoint.files import TENSORS
 from megatron_fwpkm.checkpoint.parts import (
     BY_SLOT,
     WEIGHTS,
@@ -17,6 +20,31 @@ from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.memory.pkm_layer import named_slow_weights, slow_tables
 from megatron_fwpkm.model.decoder import Decoder
+from megatron_fwpkm.model.settings import DecoderConfig
+from megatron_fwpkm.parallel.backend import Backend
+
+
+def read_decoder(
+    checkpoint: Path,
+    config: DecoderConfig,
+    backend: Backend,
+    seed: int,
+    memory: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """The model of a checkpoint, weights cast to `dtype`; memory number `memory` of those that it has.
+
+    Raises ValueError when the checkpoint is not of that configuration, or can't be read.
+    """
+    source = SavedTensors(checkpoint / TENSORS)
+    try:
+        rows = source.descriptions[f"{WEIGHTS}embedding.weight"].shape[0]
+        model = Decoder(config, rows, backend, seed)
+        model.to(dtype)
+        load_whole_model(model, source, memory)
+    except Exception as error:  # torch and its readers have exceptions of their own
+        raise ValueError(str(error) or repr(error)) from error
+    return model
 
 
 @torch.no_grad()

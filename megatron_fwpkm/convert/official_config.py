@@ -1,7 +1,8 @@
-"""Configurations of the paper's official code (its config.json) as a `DecoderConfig`.
+"""Configurations of the paper's official code (its config.json) as a `DecoderConfig`, and back.
 
 Every key is translated, or must have the one value that this implementation has, or says nothing about the
-mathematics; anything else is an error, so that no setting is dropped in silence.
+mathematics; anything else is an error, so that no setting is dropped in silence. The config.json of a model that was
+exported for transformers has the same keys and a few that the official code lacks.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ _MEMORY = {
     "weigh_write_by_gate": "fwpkm_weight_loss_with_gates",
     "fuse_output_by_gate": "fwpkm_out_fuse_gate",
 }
+# What only exported models have.
+_MEMORY_EXPORTED = {
+    "gate_outputs": "fwpkm_gate_outputs",
+    "key_gradient": "fwpkm_key_gradient",
+    "reset": "fwpkm_reset",
+    "cache_mode": "cache_mode",
+    "cache_memory": "memory_mode",
+}
 _PKM = {
     "heads": "pkm_heads",
     "topk": "pkm_topk",
@@ -77,8 +86,9 @@ _OTHERS = {
     *("vocab_size", "layer_types", "sliding_window", "rope_scaling", "fwpkm_layers", "pkm_layers"),
     *("fwpkm_addr_loss", "fwpkm_compress_value", "fwpkm_target_lookahead"),
 }
+OFFICIAL_TYPE, EXPORTED_TYPE = "qwen3_next_mem", "fwpkm"
+"""Values of model_type."""
 _ONLY: dict[str, Any] = {
-    "model_type": "qwen3_next_mem",
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -94,6 +104,17 @@ _ONLY: dict[str, Any] = {
 # Derived from others, limits that ours does not have, or about storage: fast weights are float32 here whatever
 # fwpkm_fp32_fw says.
 _SAY_NOTHING = {"num_fwpkm_layers", "max_position_embeddings", "use_cache", "fwpkm_fp32_fw", "auto_map"}
+_OFFICIAL_GATE_OUTPUTS = 8
+_USES_OF_EXPORTED = {"freeze_memory", "carry_memory"}  # how a call uses the memory, not what the model is
+_ADDRESSING_LOSSES = {"me": "marginal_entropy", None: "none"}
+_NORMALIZATIONS = {"zero_mean": True, None: False}
+_YARN = {
+    "factor": "factor",
+    "original_length": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
 
 
 def decoder_config(official: Mapping[str, Any]) -> tuple[DecoderConfig, int]:
@@ -135,8 +156,13 @@ def decoder_config(official: Mapping[str, Any]) -> tuple[DecoderConfig, int]:
 
 
 def _check_keys(official: Mapping[str, Any]) -> None:
+    kind = official.get("model_type", OFFICIAL_TYPE)
+    if kind not in (OFFICIAL_TYPE, EXPORTED_TYPE):
+        raise OfficialConfigError(f"model_type is {kind!r}; only {OFFICIAL_TYPE!r} and {EXPORTED_TYPE!r} are supported")
     translated = {key for part in (_DECODER, _DELTA_NET, _MEMORY, _PKM) for key in part.values()}
     known = translated | _OTHERS | set(_ONLY) | _SAY_NOTHING | _keys_of_the_library()
+    if kind == EXPORTED_TYPE:
+        known |= {*_MEMORY_EXPORTED.values(), *_USES_OF_EXPORTED}
     unknown = sorted(set(official) - known)
     if unknown:
         raise OfficialConfigError(f"unknown keys {', '.join(unknown)}: nothing here corresponds to them")
@@ -166,15 +192,17 @@ def _translate(official: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 
 def _memory(official: Mapping[str, Any]) -> MemoryConfig:
     settings = _translate(official, _MEMORY)
-    losses = {"me": "marginal_entropy", None: "none"}
-    values = {"zero_mean": True, None: False}
-    for key, allowed in (("fwpkm_addr_loss", losses), ("fwpkm_compress_value", values)):
-        if key in official and official[key] not in allowed:
-            raise OfficialConfigError(f"{key} is {official[key]!r}; allowed: {', '.join(map(repr, allowed))}")
-    if "fwpkm_addr_loss" in official:
-        settings["addressing_loss"] = losses[official["fwpkm_addr_loss"]]
-    if "fwpkm_compress_value" in official:
-        settings["normalize_value"] = values[official["fwpkm_compress_value"]]
+    if official.get("model_type") == EXPORTED_TYPE:
+        settings |= _translate(official, _MEMORY_EXPORTED)
+    tables: tuple[tuple[str, str, dict[Any, Any]], ...] = (
+        ("addressing_loss", "fwpkm_addr_loss", _ADDRESSING_LOSSES),
+        ("normalize_value", "fwpkm_compress_value", _NORMALIZATIONS),
+    )
+    for ours, key, values in tables:
+        if key in official:
+            if official[key] not in values:
+                raise OfficialConfigError(f"{key} is {official[key]!r}; allowed: {', '.join(map(repr, values))}")
+            settings[ours] = values[official[key]]
     config = MemoryConfig(**settings)
     # The released files spell it so, but that code reads fwpkm_target_value_lookahead only.
     if official.get("fwpkm_target_lookahead", config.lookahead) != config.lookahead:
@@ -189,17 +217,59 @@ def _rope_scaling(official: Mapping[str, Any]) -> YarnConfig | None:
     scaling = official.get("rope_scaling")
     if scaling is None:
         return None
-    names = {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-    }
     kind = scaling.get("rope_type", scaling.get("type"))
-    unknown = sorted(set(scaling) - set(names) - {"rope_type", "type"})
+    unknown = sorted(set(scaling) - set(_YARN.values()) - {"rope_type", "type"})
     if kind != "yarn" or unknown:
-        raise OfficialConfigError(f"rope_scaling is {dict(scaling)!r}; only yarn with {', '.join(names)} is supported")
-    settings = {ours: scaling[theirs] for theirs, ours in names.items() if theirs in scaling}
+        keys = ", ".join(_YARN.values())
+        raise OfficialConfigError(f"rope_scaling is {dict(scaling)!r}; only yarn with {keys} is supported")
+    settings = _translate(scaling, _YARN)
     settings.setdefault("original_length", official.get("max_position_embeddings"))
     return YarnConfig(**settings)
+
+
+def official_config(config: DecoderConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
+    """The official code's configuration of a decoder; `max_positions` are the tokens of a sequence in training.
+
+    Raises:
+        OfficialConfigError: a setting that the official code does not have.
+    """
+    if config.memory_layers and config.memory.gate_outputs != _OFFICIAL_GATE_OUTPUTS:
+        raise OfficialConfigError(
+            f"memory.gate_outputs is {config.memory.gate_outputs}; the official code has {_OFFICIAL_GATE_OUTPUTS}"
+        )
+    return {
+        **_common_config(config, vocab_size, max_positions),
+        **_ONLY,
+        "num_fwpkm_layers": len(config.memory_layers),
+        "fwpkm_fp32_fw": True,
+        "model_type": OFFICIAL_TYPE,
+    }
+
+
+def exported_config(config: DecoderConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
+    """The configuration of a decoder as the model files for transformers take it."""
+    exported = {theirs: getattr(config.memory, ours) for ours, theirs in _MEMORY_EXPORTED.items()}
+    return {**_common_config(config, vocab_size, max_positions), **exported, "model_type": EXPORTED_TYPE}
+
+
+def _common_config(config: DecoderConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
+    names = {mixer: name for name, mixer in _MIXERS.items()}
+    losses, normalizations = (
+        {ours: theirs for theirs, ours in x.items()} for x in (_ADDRESSING_LOSSES, _NORMALIZATIONS)
+    )
+    scaling = config.rope_scaling
+    parts = ((config, _DECODER), (config.delta_net, _DELTA_NET), (config.memory, _MEMORY), (config.pkm, _PKM))
+    return {
+        **{theirs: getattr(part, ours) for part, table in parts for ours, theirs in table.items()},
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_positions,
+        "layer_types": [names[config.mixer(index)] for index in range(config.layers)],
+        "sliding_window": config.window,
+        "rope_scaling": None
+        if scaling is None
+        else {"rope_type": "yarn", **{theirs: getattr(scaling, ours) for ours, theirs in _YARN.items()}},
+        "fwpkm_layers": sorted(config.memory_layers),
+        "fwpkm_addr_loss": losses[config.memory.addressing_loss],
+        "fwpkm_compress_value": normalizations[config.memory.normalize_value],
+        "pkm_layers": sorted(config.pkm_layers),
+    }

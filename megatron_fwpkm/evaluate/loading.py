@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 
 from megatron_fwpkm.checkpoint.catalogue import choose_checkpoint, verify
-from megatron_fwpkm.checkpoint.files import MANIFEST_FILE, TENSORS
-from megatron_fwpkm.checkpoint.parts import WEIGHTS
+from megatron_fwpkm.checkpoint.files import MANIFEST_FILE
 from megatron_fwpkm.checkpoint.store import read_state
-from megatron_fwpkm.checkpoint.tensors import SavedTensors
-from megatron_fwpkm.checkpoint.whole_model import load_whole_model
+from megatron_fwpkm.checkpoint.whole_model import read_decoder
 from megatron_fwpkm.config import TrainConfig, load_train_config
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.model.decoder import Decoder
@@ -24,7 +22,6 @@ from megatron_fwpkm.parallel.backend import Backend
 CHANGEABLE = ("evaluation.", "parallel.", "logging.", "data.corpus=", "data.directory=", "data.cache=")
 """What arguments of an evaluation may change; the rest describes what was trained. (Of a corpus the place alone: the
 checkpoint knows its hash.)"""
-_EMBEDDING = WEIGHTS + "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,10 @@ def load_decoder(
 
         length = run.config.data.sequence_length
         config = replace(config, rope_scaling=YarnConfig(factor=rope_factor, original_length=length))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.config.training.precision]
     try:
-        source = SavedTensors(run.checkpoint / TENSORS)
-        rows = source.descriptions[_EMBEDDING].shape[0]
-        model = Decoder(config, rows, backend, run.config.seed)
-        model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[run.config.training.precision])
-        load_whole_model(model, source, replica)
-    except Exception as error:  # torch and our own readers have exceptions of their own
+        model = read_decoder(run.checkpoint, config, backend, run.config.seed, replica, dtype)
+    except ValueError as error:
         raise UserError(
             f"{run.checkpoint} doesn't fit the run's config.yaml or has no replica {replica} ({error}); give another "
             "--checkpoint or evaluation.replica"

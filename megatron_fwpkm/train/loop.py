@@ -184,7 +184,8 @@ def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None
     if found is None:
         return None
     source, state = found
-    agree_on_errors(lambda: job.loader.load_state_dict(state.data_cursor), f"placing the data cursor of {source}")
+    if state.data_cursor:
+        agree_on_errors(lambda: job.loader.load_state_dict(state.data_cursor), f"placing the data cursor of {source}")
     return source, Progress(
         step=state.step,
         tokens=state.tokens,
@@ -197,7 +198,7 @@ def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None
 
 def _check_fits(job: Job, state: JobState) -> list[str]:
     """Notes for the user. Raises UserError where a checkpoint is not of this training."""
-    if state.corpus != job.corpus:
+    if state.corpus and state.corpus != job.corpus:
         raise UserError(
             "it was trained on another corpus or tokenizer than data.directory holds for this configuration (another "
             "version of Python, say); give the same corpus, or another run_directory to begin anew"

@@ -1,0 +1,45 @@
+"""A folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.files import is_no_space, sync_path, sync_tree
+
+
+def check_new_folder(target: Path) -> None:
+    """Raise UserError if something is there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already and not empty; give another folder to write to, or delete it")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` at the end of the context and is removed if that fails.
+
+    Raises UserError if something is at the target already, or it can't be written.
+    """
+    check_new_folder(target)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        sync_tree(partial)
+        if target.exists():
+            target.rmdir()
+        os.rename(partial, target)
+        sync_path(target.parent)
+    except OSError as error:
+        if is_no_space(error):
+            raise UserError(
+                f"no space left on the disk of {target}: nothing was written; free some, start again"
+            ) from error
+        raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Files that exported models carry: transformers runs them without this library."""
