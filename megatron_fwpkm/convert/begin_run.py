@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_fwpkm.checkpoint.store import JobState, save_alone
 from megatron_fwpkm.checkpoint.whole_model import whole_model_pieces
@@ -15,13 +16,12 @@ from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
 from megatron_fwpkm.convert.folder import check_new_folder, new_folder
 from megatron_fwpkm.convert.source import WholeModel
 from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.model.settings import DecoderConfig
 
 _MODEL = "model."
 
 
-def training_config(settings: Path | None, model: DecoderConfig, out: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The settings of a run of this model in `out`: those of a file, or the defaults, with overrides.
+def training_config(settings: Path | None, model: WholeModel, out: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The settings of a run of this model in `out`: those of a file, or the defaults with its length of sequences.
 
     Raises UserError for settings that can't be used, or where `out` is there already.
     """
@@ -29,9 +29,11 @@ def training_config(settings: Path | None, model: DecoderConfig, out: Path, over
     wrong = [text for text in overrides if text.startswith((_MODEL, "run_directory="))]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: the model is that of the weights, and the run's folder is {out}")
-    content = {} if settings is None else load_train_config(settings).model_dump(mode="json")
+    content: dict[str, Any] = {"data": {"sequence_length": model.max_positions}} if model.max_positions else {}
+    if settings is not None:
+        content = load_train_config(settings).model_dump(mode="json")
     # JSON has the types that YAML has, and none of Python's.
-    content |= {"model": json.loads(json.dumps(dataclasses.asdict(model))), "run_directory": str(out)}
+    content |= {"model": json.loads(json.dumps(dataclasses.asdict(model.config))), "run_directory": str(out)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(content))  # YAML reads JSON

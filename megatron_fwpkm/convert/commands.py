@@ -143,7 +143,7 @@ def _export(model: WholeModel, out: Path, tokenizer: CorpusTokenizer | None, dty
 
 
 def _begin(model: WholeModel, settings: Path | None, out: Path, overrides: Sequence[str]) -> None:
-    config = training_config(settings, model.config, out, overrides)
+    config = training_config(settings, model, out, overrides)
     checkpoint = begin_run(model, config, out)
     print_line(f"wrote {checkpoint}; go on with: python launch/train.py --config {out / 'config.yaml'}")
 

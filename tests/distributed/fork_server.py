@@ -9,6 +9,7 @@ fresh process does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -86,6 +87,7 @@ def wait_for(children: list[int]) -> list[int]:
 def main() -> None:
     """Serve until standard input ends."""
     import_libraries()
+    gc.freeze()  # or each collection of each rank would walk over all of the libraries
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, "a library has started threads"
 
     for line in sys.stdin:
