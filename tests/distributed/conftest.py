@@ -20,7 +20,7 @@ import pytest
 from tests.distributed.fork_server import ANSWER
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 
 TINY = """
 name: tiny

@@ -93,7 +93,7 @@ def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_ru
     tiny_job.wait_for_step(3, process)
     for rank in tiny_job.ranks(process).values():
         rank.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=150)
     assert process.returncode == 1
     assert "resumed from" in tiny_job.train(*STAGES)
     found = {(record["step"], len(record)): record for record in numbers(tiny_job.records())}

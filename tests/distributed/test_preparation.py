@@ -123,7 +123,7 @@ def _kill_a_worker(process: subprocess.Popen[str]) -> None:
     """Kill one of its processes, as the kernel does when memory is short; the command must say so."""
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     workers[0].kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=150)
     assert process.returncode == 2 and "error: a process of the preparation was killed" in output, output
     assert "Traceback" not in output
 
@@ -152,7 +152,7 @@ def test_a_signal_stops_cleanly(preparation: Preparation, number: signal.Signals
     preparation.wait_for("stopped", process, 1)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)  # as a terminal does: all processes get it
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=150)
     assert process.returncode == 128 + number, output
     assert "parts are finished; start again to go on" in output and "Traceback" not in output, output
     _, alive = psutil.wait_procs(children, timeout=10)

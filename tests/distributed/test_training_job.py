@@ -163,7 +163,7 @@ def test_signal_saves_and_ends_cleanly_a_second_one_at_once(tiny_job: TinyJob) -
     assert len(below) >= 3  # the launcher and two processes
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=150)
     _, alive = psutil.wait_procs(below, timeout=20)
     assert not alive
     assert not _left_behind()
@@ -189,7 +189,7 @@ def test_under_torchrun_with_a_signal(tiny_job: TinyJob) -> None:
     process = tiny_job.torchrun(*ENDLESS, "training.precision=bf16")
     tiny_job.wait_for_step(3, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on, waits for 30 s, and ends with an error of its own
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=150)
     assert "as asked" in output
     _assert_ends_with_a_checkpoint(tiny_job)
 
@@ -199,6 +199,6 @@ def test_under_the_deepspeed_launcher_with_a_signal(tiny_job: TinyJob, free_port
     process = tiny_job.start(*launcher, *tiny_job.command(*ENDLESS)[1:])
     tiny_job.wait_for_step(3, process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: runner, launcher and ranks get it, the ranks SIGTERM too
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=150)
     assert "as asked" in output, output
     _assert_ends_with_a_checkpoint(tiny_job)

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -459,12 +459,20 @@ def error_ratio(found: Tensor, wanted: Tensor, ranks: topology.Topology) -> floa
     return float((found.to(wanted.dtype) - wanted).norm() / norm.clamp_min(1e-30))
 
 
-def compare(cell: Cell) -> dict[str, Any]:
+def train_yardsticks(cells: Sequence[Cell]) -> dict[Cell, Run]:
+    """What one rank makes of each cell without its layout; each rank trains its share of them, and all get all."""
+    distinct = list(dict.fromkeys(cell.without_layout() for cell in cells))
+    own = {cell: train_on_one_rank(cell) for cell in distinct[dist.get_rank() :: dist.get_world_size()]}
+    shares: list[dict[Cell, Run]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    return {cell: run for share in shares for cell, run in share.items()}
+
+
+def compare(cell: Cell, wanted: Run) -> dict[str, Any]:
     """Errors of a cell, worst over ranks and tensors, with the tensor that has each."""
     trainer = Trainer(cell)
     found, ranks = trainer.run(), trainer.ranks
     trainer.end()
-    wanted = train_on_one_rank(cell.without_layout())
     together = cell.replicas if cell.memory_replicas == "synced" else 1
     assert found.applied == wanted.applied, (found.applied, wanted.applied)
     errors: dict[str, tuple[float, str]] = {
@@ -500,9 +508,10 @@ def main() -> None:
     types = [*accelerator.supported_dtypes(), torch.float64]
     found = {}
     with mock.patch.object(accelerator, "supported_dtypes", lambda: types):
+        yardsticks = train_yardsticks(cells)
         for cell in cells:
             started = time.perf_counter()
-            found[cell.name] = compare(cell)
+            found[cell.name] = compare(cell, yardsticks[cell.without_layout()])
             topology.end_groups()
             if dist.get_rank() == 0:
                 if len(sys.argv) > 3:
