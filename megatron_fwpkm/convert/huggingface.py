@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training_config.yaml"
 MODEL_FILES = ("configuration_fwpkm.py", "modeling_fwpkm.py")
-_CLASSES = {
-    "AutoConfig": "configuration_fwpkm.FwPKMConfig",
-    "AutoModel": "modeling_fwpkm.FwPKMModel",
-    "AutoModelForCausalLM": "modeling_fwpkm.FwPKMForCausalLM",
-}
 _OF_THE_MACHINE: Mapping[str, set[str]] = {"data": {"directory", "corpus", "cache", "path", "processes", "workers"}}
 """Settings of a run that say where things are, not what was trained."""
 _MOST_SUPPRESSED = 4096
@@ -113,10 +108,13 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _config(model: WholeModel, tokenizer: CorpusTokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
+    mend_torchvision()
+    from megatron_fwpkm.convert.hf_model.configuration_fwpkm import AUTO_MAP
+
     end = None if tokenizer is None else tokenizer.end_id
     return {
         "architectures": ["FwPKMForCausalLM"],
-        "auto_map": _CLASSES,
+        "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         **exported_config(model.config, model.vocab_size, model.max_positions),
         "bos_token_id": None,

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from megatron_fwpkm.compatibility import mend_torchvision
 from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
 from megatron_fwpkm.convert.official_config import (
     OfficialConfigError,
@@ -33,9 +32,7 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import DecoderConfig, YarnConfig
 from megatron_fwpkm.parallel.backend import TorchBackend
 from tests.checkpoints import differing, whole_tensors
-
-mend_torchvision()
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from tests.exports import error_of_case, load_exported
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden_model").glob("*.safetensors"))
@@ -118,16 +115,9 @@ def exported(run: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def load(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **options: Any) -> Any:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def test_logits_are_those_of_the_training_model(
-    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_logits_are_those_of_the_training_model(run: Path, exported: Path, tmp_path: Path) -> None:
     """With memory writing over several chunks; a call without a cache leaves the stored memory as it was."""
-    model = load(exported, monkeypatch, tmp_path)
+    model = load_exported(exported, tmp_path).model
     ours = model_of_run(run).decoder.train()
     tokens_BT = torch.randint(264, (1, 70), generator=torch.Generator().manual_seed(2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -141,9 +131,9 @@ def test_logits_are_those_of_the_training_model(
     assert float((frozen - wanted).norm() / wanted.norm()) > 1e-4  # the memory matters
 
 
-def test_folder_has_what_users_look_for(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = load(exported, monkeypatch, tmp_path)
-    found = AutoTokenizer.from_pretrained(exported)
+def test_folder_has_what_users_look_for(exported: Path, tmp_path: Path) -> None:
+    loaded = load_exported(exported, tmp_path)
+    model, found = loaded.model, loaded.tokenizer
     inputs = found(["a little text", "again"], return_tensors="pt", padding=True)
     assert set(inputs) == {"input_ids", "attention_mask"} and inputs["attention_mask"][1, 0] == 0
     told = model.generate(**inputs, max_new_tokens=20, min_new_tokens=20)
@@ -191,12 +181,12 @@ def true_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def test_shards_and_types(run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shards_and_types(run: Path, exported: Path, tmp_path: Path) -> None:
     convert("to-hf", run, tmp_path / "parts", "--no-tokenizer", "--max-shard-size", "60KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
     whole = load_file(exported / "model.safetensors")
     assert differing(read_weights(tmp_path / "parts"), whole) == []
-    assert differing(dict(load(tmp_path / "parts", monkeypatch, tmp_path).state_dict()), whole) == []
+    assert differing(dict(load_exported(tmp_path / "parts", tmp_path).model.state_dict()), whole) == []
     convert("to-hf", run, tmp_path / "small", "--no-tokenizer", "--dtype", "bfloat16")
     small = load_file(tmp_path / "small" / "model.safetensors")
     fast = {name for name in small if ".fwpkm." in name}
@@ -222,8 +212,11 @@ def test_one_of_several_memories(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=[path.stem for path in GOLDEN])
-def test_weights_of_the_papers_code_come_and_go(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As safetensors, as pytorch_model.bin and as DeepSpeed's file; back they are the same bytes of every tensor."""
+def test_weights_of_the_papers_code_come_and_go(path: Path, tmp_path: Path) -> None:
+    """As safetensors, as pytorch_model.bin and as DeepSpeed's file; back they are the same bytes of every tensor.
+
+    In transformers the export has the logits that the paper's code has.
+    """
     weights = load_file(path)
     config = json.loads(path.with_suffix(".json").read_text())["config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -241,6 +234,8 @@ def test_weights_of_the_papers_code_come_and_go(path: Path, monkeypatch: pytest.
         back = load_file(tmp_path / f"official{number}" / "model.safetensors")
         assert differing(back, weights) == []
         assert differing(back, load_file(hf / "model.safetensors")) == []
+    as_there: dict[str, Any] = {"dtype": torch.float64, "memory_mode": "shared", "cache_mode": "official"}
+    assert error_of_case(load_exported(tmp_path / "hf0", tmp_path, **as_there).model, path) < 1e-6
     written = json.loads((tmp_path / "official0" / "config.json").read_text())
     assert decoder_config(written) == decoder_config(config)
     assert {key: config[key] for key in written if key in config} == {

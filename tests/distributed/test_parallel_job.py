@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from megatron_fwpkm.convert.commands import hf_to_run, run_to_hf
+from megatron_fwpkm.convert.source import model_of_run
 from megatron_fwpkm.memory.traffic import PHASES
 from tests.checkpoints import differing, whole_tensors
+from tests.exports import load_exported
 
 if TYPE_CHECKING:
     from .conftest import TinyJob
@@ -124,6 +128,31 @@ def test_a_split_job_goes_on_in_another_layout(tiny_job: TinyJob, split: TinyJob
     wanted, found = records_of(split)[3, "step"], records_of(tiny_job)[3, "step"]
     assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
     assert found["train/gradient_norm"] == pytest.approx(wanted["train/gradient_norm"], rel=1e-4)
+
+
+def test_a_split_job_exports_what_it_has_and_comes_back_bitwise(split: TinyJob, tmp_path: Path) -> None:
+    """To Hugging Face: logits of held-out text, memory written; back: the same weights and memories."""
+    run, back = split.folder / "run", tmp_path / "back"
+    no_options = {"checkpoint": None, "memory": 0, "dtype": "float32", "max_shard_size": "5GB", "tokenizer": None}
+    run_to_hf(run, tmp_path / "hf", **no_options, with_tokenizer=True)  # type: ignore[arg-type]
+    hf_to_run(tmp_path / "hf", back, None, [])
+    before = whole_tensors(run / "checkpoints" / "step_00000004", "slow/", "fast_state/")
+    after = whole_tensors(back / "checkpoints" / "step_00000000")
+    assert differing(before, after) == []
+    run_to_hf(back, tmp_path / "again", **no_options, with_tokenizer=False)  # type: ignore[arg-type]
+    files = [tmp_path / name / "model.safetensors" for name in ("hf", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    exported = load_exported(tmp_path / "hf", tmp_path / "modules")
+    ours = model_of_run(run).decoder.train()
+    text = (run / "samples" / "step_00000004.txt").read_text()
+    tokens_BT = exported.tokenizer(text, return_tensors="pt")["input_ids"][:, :100]
+    assert tokens_BT.shape[1] == 100 and exported.tokenizer.eos_token == "<|end|>"
+    with torch.no_grad():
+        wanted, found = ours.logits(tokens_BT), exported.model(tokens_BT).logits
+        cache = exported.model.make_cache(1)
+        pieces = [exported.model(tokens_BT[:, i : i + 1], past_key_values=cache).logits for i in range(100)]
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert float((torch.cat(pieces, 1) - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_a_job_with_one_memory_over_its_replicas_resumes_bitwise(tiny_job: TinyJob) -> None:

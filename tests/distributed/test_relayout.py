@@ -15,12 +15,15 @@ from megatron_fwpkm.checkpoint.files import TENSORS
 from megatron_fwpkm.checkpoint.parts import fast_name, memory_pieces
 from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.checkpoint.tensors import save_tensors
+from megatron_fwpkm.checkpoint.whole_model import read_decoder
+from megatron_fwpkm.convert.official_names import official_weights
+from megatron_fwpkm.convert.weight_files import write_weights
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
 from tests.checkpoints import differing, whole_tensors
 from tests.distributed.cells import Cell
 from tests.distributed.workers import equivalence
-from tests.distributed.workers.relayout_checks import Leg
+from tests.distributed.workers.relayout_checks import Leg, with_table
 
 if TYPE_CHECKING:
     from .conftest import TinyJob
@@ -87,6 +90,16 @@ def test_training_goes_on_in_another_layout(tiny_job: TinyJob, name: str) -> Non
         assert max(errors) < TOLERANCE, (number, errors)
         assert leg["notes"] == []
         assert differing(saved, whole_tensors(Path(leg["checkpoint"]))) == []
+    exports = [exported(CHAINS[name][int(number)], Path(leg["checkpoint"])) for number, leg in found.items()]
+    assert len(exports[0]) > 100_000 and all(export == exports[0] for export in exports)
+
+
+def exported(cell: Cell, checkpoint: Path) -> bytes:
+    """The weights' file of the checkpoint's export."""
+    config = with_table(equivalence.model_config(cell))
+    model = read_decoder(checkpoint, config, TorchBackend(), seed=0)
+    write_weights(checkpoint.parent, official_weights(model), "5GB", lambda num_bytes: None)
+    return (checkpoint.parent / "model.safetensors").read_bytes()
 
 
 def memory_of(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.data.batch import TokenBatch
 from megatron_fwpkm.memory import PKMConfig
+from megatron_fwpkm.model.settings import DecoderConfig
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.settings import ParallelConfig
 from megatron_fwpkm.train.job import checkpoint_parts
@@ -61,12 +62,15 @@ def shared_batches(leg: Leg, replica: int) -> Iterator[TokenBatch]:
     return (equivalence.concatenated(list(parts)) for parts in zip(*streams, strict=True))
 
 
+def with_table(config: DecoderConfig) -> DecoderConfig:
+    """The same with a PKM layer."""
+    table = PKMConfig(heads=1, topk=2, n_subkeys=equivalence.SUBKEYS, k_dim=16, v_dim=12)
+    return dataclasses.replace(config, pkm_layers=(1,), pkm=table)
+
+
 def run_leg(leg: Leg) -> dict[str, Any]:
     """Losses of the leg's steps."""
-    config = equivalence.CONFIG
-    if leg.with_table:
-        table = PKMConfig(heads=1, topk=2, n_subkeys=equivalence.SUBKEYS, k_dim=16, v_dim=12)
-        config = dataclasses.replace(config, pkm_layers=(1,), pkm=table)
+    config = with_table(equivalence.CONFIG) if leg.with_table else equivalence.CONFIG
     with (
         mock.patch.object(equivalence, "CONFIG", config),
         mock.patch.object(equivalence, "batches", lambda cell, replica: iter(())),
