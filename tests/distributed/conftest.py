@@ -187,13 +187,22 @@ class TinyJob:
 
     def worker(self, name: str, *arguments: str, processes: int = 2) -> Any:
         """Run a script of workers/ in several processes; returns the JSON of its last line."""
-        script = Path(__file__).parent / "workers" / name
+        text = self._fork(Path(__file__).parent / "workers" / name, [str(self.config), *arguments], processes)
+        return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+
+    def train_ranks(self, *overrides: str, processes: int = 2) -> str:
+        """As `train` for tests that are not about starting: the ranks are forked, and need not import libraries."""
+        arguments = ["--config", str(self.config), *overrides, f"parallel.processes={processes}"]
+        return self._fork(ROOT / "launch" / "train.py", arguments, processes)
+
+    def _fork(self, script: Path, arguments: list[str], processes: int) -> str:
+        """Run a script's ranks to their end; returns what they printed."""
         output = self.folder / f"{script.stem}.txt"
         output.unlink(missing_ok=True)
-        codes = FORKS.run(script, [str(self.config), *arguments], processes, output)
+        codes = FORKS.run(script, arguments, processes, output)
         text = output.read_text(errors="replace")
         assert not any(codes), f"exit codes {codes}\n{text}"
-        return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+        return text
 
     def records(self, run: str = "run") -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""

@@ -114,7 +114,7 @@ def test_done_pieces_are_reused_and_the_summary_is_added_to(job: TinyJob) -> Non
 
 def test_official_protocol_and_a_twin(job: TinyJob) -> None:
     plain = job.folder / "plain"
-    job.train("training.steps=3", "model.memory_layers=[]", f"run_directory={plain}", "name=plain")
+    job.train_ranks("training.steps=3", "model.memory_layers=[]", f"run_directory={plain}", "name=plain")
     output = evaluate(job, "--against", str(plain), "evaluation.needles.protocol=official")
     assert "twin plain" in output and "needles, protocol official" in output
     summary = json.loads((job.folder / "run" / "summary.json").read_text())["evaluation"]

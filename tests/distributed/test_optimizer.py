@@ -104,13 +104,13 @@ def test_guards_resume_and_limited_attention(checked: tuple[dict[str, Any], Path
 
 def test_a_bf16_job_trains_and_resumes_bitwise(tiny_job: TinyJob) -> None:
     options = ["training.precision=bf16", "training.steps=4", "training.sliding_probability=0.5"]
-    tiny_job.train(*options)
+    tiny_job.train_ranks(*options)
     first = {record["step"]: record for record in tiny_job.records() if "train/loss" in record}
     assert list(first) == [1, 2, 3, 4] and first[4]["train/loss"] < first[1]["train/loss"]
     assert all(0 < record["train/gradient_norm"] < 100 for record in first.values())
     assert {record["train/limited_attention"] for record in first.values()} <= {0.0, 1.0}
     shutil.rmtree(tiny_job.folder / "run" / "checkpoints" / "step_00000004")
-    assert "step 2" in tiny_job.train(*options)
+    assert "step 2" in tiny_job.train_ranks(*options)
     again = {record["step"]: record for record in tiny_job.records() if "train/loss" in record}
     same = [name for name in first[3] if not name.startswith("speed/")]
     assert len(same) > 8 and all(first[step][name] == again[step][name] for step in (3, 4) for name in same)

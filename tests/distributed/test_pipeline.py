@@ -95,7 +95,7 @@ def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_ru
         rank.kill()
     process.communicate(timeout=150)
     assert process.returncode == 1
-    assert "resumed from" in tiny_job.train(*STAGES)
+    assert "resumed from" in tiny_job.train_ranks(*STAGES)
     found = {(record["step"], len(record)): record for record in numbers(tiny_job.records())}
     assert found == {(record["step"], len(record)): record for record in numbers(staged_run.records())}
     assert [step for step, _ in sorted(found)] == [1, 2, 3, 3, 4, 5, 6, 6]

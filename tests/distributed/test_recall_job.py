@@ -37,16 +37,16 @@ def _losses(job: TinyJob, run: str) -> list[tuple[float, ...]]:
 def test_resuming_goes_on_with_the_sequences_that_follow_and_a_twin_is_compared(tiny_job: TinyJob) -> None:
     folder = tiny_job.folder
     checkpoint = folder / "run" / "checkpoints" / "step_00000004"
-    tiny_job.train(*OVERRIDES)
+    tiny_job.train_ranks(*OVERRIDES)
     once = _losses(tiny_job, "run")
     assert len({loss for _, loss, _, _ in once}) == 4
     shutil.rmtree(checkpoint)
-    assert "resumed from" in tiny_job.train(*OVERRIDES)
+    assert "resumed from" in tiny_job.train_ranks(*OVERRIDES)
     assert _losses(tiny_job, "run") == once
     # 4 steps of 2 microbatches of 2 sequences on 2 processes.
     assert json.loads((checkpoint / "job.json").read_text())["data_cursor"] == {"sequence": 4 * 2 * 2 * 2}
 
-    tiny_job.train(*OVERRIDES, f"run_directory={folder / 'plain'}", "model.memory_layers=[]")
+    tiny_job.train_ranks(*OVERRIDES, f"run_directory={folder / 'plain'}", "model.memory_layers=[]")
     runs = ["--run", str(folder / "run"), "--against", str(folder / "plain")]
     process = tiny_job.start(sys.executable, str(RECALL), "--answers", "16", *runs)
     output, _ = process.communicate(timeout=120)
