@@ -58,7 +58,7 @@ LIBRARIES = (
     Library("pyarrow"),
     Library("datasets"),
     Library("transformers", "transformers"),
-    Library("huggingface-hub", "huggingface_hub"),
+    Library("huggingface-hub"),
     Library("tokenizers"),
     Library("pydantic"),
     Library("omegaconf"),
