@@ -62,7 +62,7 @@ class JobState:
     recent_losses: list[float]
     data_cursor: dict[str, Any]
     corpus: dict[str, str]
-    """Hashes of the corpus and tokenizer that the run reads; empty where nothing has been read yet."""
+    """Hashes of the corpus and tokenizer that the run reads; those that it may not choose, where it has not begun."""
     layout: dict[str, Any]
     """How the ranks divided the work: for the reader, and the number of sequences that a step must go on with; empty
     where no job has written it."""

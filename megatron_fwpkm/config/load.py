@@ -22,12 +22,15 @@ from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.model.settings import DecoderConfig
 
 
-def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read, compose and check the configuration of a training job.
+def load_train_config(
+    path: Path | None, overrides: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Read, compose and check the configuration of a training job; without a file the defaults.
 
-    Raises UserError with one message that names the file or override, the key and what to do.
+    What stands under the keys of `replaced` is put in place of what the file has there, before overrides. Raises
+    UserError with one message that names the file or override, the key and what to do.
     """
-    return _load(TrainConfig, path, overrides)
+    return _load(TrainConfig, path, overrides, replaced or {})
 
 
 def load_data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
@@ -62,11 +65,16 @@ def differing_keys(left: Mapping[str, Any], right: Mapping[str, Any], prefix: st
 ConfigType = typing.TypeVar("ConfigType")
 
 
-def _load(kind: type[ConfigType], path: Path, overrides: Sequence[str]) -> ConfigType:
+def _load(
+    kind: type[ConfigType], path: Path | None, overrides: Sequence[str], replaced: Mapping[str, Any] | None = None
+) -> ConfigType:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = _compose(path, seen=())
+    tree = OmegaConf.create({}) if path is None else _compose(path, seen=())
+    path = path or Path("defaults")
+    for key, content in (replaced or {}).items():
+        tree[key] = OmegaConf.create(dict(content)) if isinstance(content, Mapping) else content
     _reject_unknown(kind, _as_mapping(tree, path), where=str(path))
     try:
         for override in overrides:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_fwpkm.convert.begin_run import begin_run, training_config
+from megatron_fwpkm.config import TrainConfig
+from megatron_fwpkm.convert.begin_run import TOKENIZER_FILE, begin_run, training_config
 from megatron_fwpkm.convert.folder import check_new_folder
 from megatron_fwpkm.convert.huggingface import (
     TRAINING_FILE,
@@ -36,6 +37,7 @@ def run_to_hf(
     with_tokenizer: bool,
 ) -> None:
     """Export the model of a run for transformers. Raises UserError."""
+    out = out.absolute()
     check_new_folder(out)
     if tokenizer is not None and not with_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer contradict each other; give one")
@@ -46,14 +48,21 @@ def run_to_hf(
 
 def hf_to_run(folder: Path, out: Path, train_config: Path | None, overrides: Sequence[str]) -> None:
     """Begin a run with an exported model. Raises UserError."""
+    out = out.absolute()
+    check_new_folder(out)
     shipped = folder / TRAINING_FILE
     settings = train_config or (shipped if shipped.is_file() else None)
-    check_new_folder(out)
-    _begin(read_exported(folder), settings, out, overrides)
+    model = read_exported(folder)
+    tokenizer = load_tokenizer(str(folder / TOKENIZER_FILE)) if (folder / TOKENIZER_FILE).is_file() else None
+    if tokenizer is not None:
+        _check_size(model, tokenizer)
+    config = training_config(settings, model, out, overrides, tokenizer)
+    _begin(model, config, out, f"the Hugging Face folder {folder.resolve().name}", tokenizer)
 
 
 def run_to_official(place: Path, out: Path, checkpoint: str | None, memory: int, max_shard_size: str) -> None:
     """Write the model of a run as the paper's code reads it. Raises UserError."""
+    out = out.absolute()
     check_new_folder(out)
     model = _read_run(place, checkpoint, memory)
     with _writing(model) as advance:
@@ -73,9 +82,12 @@ def official_to_run(
     tokenizer: str | None,
 ) -> None:
     """Bring weights of the paper's code here, to Hugging Face, or both. Raises UserError."""
+    out, hf = (None if target is None else target.absolute() for target in (out, hf))
     for target in (out, hf):
         if target is not None:
             check_new_folder(target)
+    if out is not None and out == hf:
+        raise UserError(f"--out and --hf are both {out}; give two folders")
     if out is None and (train_config is not None or overrides):
         raise UserError("settings of a training are for the run that --out names; give --out too")
     if hf is None and tokenizer is not None:
@@ -84,10 +96,11 @@ def official_to_run(
     model = model_of_files(weights, read_config(config))
     counts = model.decoder.num_parameters()
     print_line(f"{weights}: all names and shapes fit; {counts.slow:,} slow and {counts.fast:,} fast weights")
+    settings = None if out is None else training_config(train_config, model, out, overrides)
     if hf is not None:
         _export(model, hf, found, dtype, max_shard_size)
-    if out is not None:
-        _begin(model, train_config, out, overrides)
+    if out is not None and settings is not None:
+        _begin(model, settings, out, f"weights of the paper's code, {weights.resolve().name}")
 
 
 def _read_run(place: Path, checkpoint: str | None, memory: int) -> WholeModel:
@@ -112,6 +125,8 @@ def _tokenizer_of(model: WholeModel, given: str | None) -> CorpusTokenizer | Non
                 f"{given} (sha256 {tokenizer.sha256()[:12]}) is not the tokenizer that the run was trained with "
                 f"({wanted[:12]}); give that one"
             )
+    elif "tokenizer" in model.run.corpus and "corpus" not in model.run.corpus:  # nothing has been read yet
+        tokenizer = load_tokenizer(str(model.run.directory / TOKENIZER_FILE), model.run.config.data.end_of_document)
     elif "tokenizer" in model.run.corpus:
         try:
             tokenizer = corpus_tokenizer(find_corpus(model.run.config.data, model.run.corpus)[0])
@@ -142,10 +157,14 @@ def _export(model: WholeModel, out: Path, tokenizer: CorpusTokenizer | None, dty
     print_line(f'wrote {out}: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)')
 
 
-def _begin(model: WholeModel, settings: Path | None, out: Path, overrides: Sequence[str]) -> None:
-    config = training_config(settings, model, out, overrides)
-    checkpoint = begin_run(model, config, out)
-    print_line(f"wrote {checkpoint}; go on with: python launch/train.py --config {out / 'config.yaml'}")
+def _begin(
+    model: WholeModel, config: TrainConfig, out: Path, origin: str, tokenizer: CorpusTokenizer | None = None
+) -> None:
+    checkpoint = begin_run(model, config, out, origin, tokenizer)
+    # Replicas that write memories of their own all begin with the one that there is.
+    asks = model.config.memory_layers and model.config.memory.reset == "carry" and config.checkpoint.memories is None
+    policy = " checkpoint.memories=keep" if asks else ""
+    print_line(f"wrote {checkpoint}; go on with: python launch/train.py --config {out / 'config.yaml'}{policy}")
 
 
 @contextmanager

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.files import is_no_space, sync_path, sync_tree
@@ -14,6 +17,8 @@ from megatron_fwpkm.files import is_no_space, sync_path, sync_tree
 
 def check_new_folder(target: Path) -> None:
     """Raise UserError if something is there already."""
+    if target.is_symlink():
+        raise UserError(f"{target} is a link; give the folder itself")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already and not empty; give another folder to write to, or delete it")
 
@@ -25,6 +30,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises UserError if something is at the target already, or it can't be written.
     """
     check_new_folder(target)
+    before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
@@ -43,3 +49,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does: what was begun is removed on the way out."""
+    raise SystemExit(128 + number)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_fwpkm.compatibility import mend_torchvision
 from megatron_fwpkm.config import TrainConfig
+from megatron_fwpkm.convert.begin_run import TOKENIZER_FILE
 from megatron_fwpkm.convert.folder import new_folder
 from megatron_fwpkm.convert.model_card import model_card
 from megatron_fwpkm.convert.official_config import exported_config, official_config
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training_config.yaml"
 MODEL_FILES = ("configuration_fwpkm.py", "modeling_fwpkm.py")
-_OF_THE_MACHINE: Mapping[str, set[str]] = {"data": {"directory", "corpus", "cache", "path", "processes", "workers"}}
+_OF_THE_MACHINE: Mapping[str, set[str]] = {
+    "data": {"directory", "corpus", "cache", "path", "tokenizer", "processes", "workers"}
+}
 """Settings of a run that say where things are, not what was trained."""
 _MOST_SUPPRESSED = 4096
 
@@ -55,6 +58,7 @@ def export_model(
         generation_config(model.vocab_size, tokenizer).save_pretrained(folder)
         if tokenizer is not None:
             _tokenizer(tokenizer, model.max_positions).save_pretrained(folder)
+            tokenizer.tokenizer.save(str(folder / TOKENIZER_FILE))  # as it was trained with, byte by byte
         for name in MODEL_FILES:
             (folder / name).write_text(model_file(name))
         if model.run is not None:

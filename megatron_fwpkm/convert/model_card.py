@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_fwpkm import __version__
 from megatron_fwpkm.config import TrainConfig
+from megatron_fwpkm.convert.begin_run import read_origin
 from megatron_fwpkm.data.tokenizer import CorpusTokenizer
 from megatron_fwpkm.evaluate.loading import TrainedRun
 from megatron_fwpkm.model.settings import DecoderConfig
@@ -132,15 +134,12 @@ def _architecture(model: WholeModel, tokenizer: CorpusTokenizer | None, dtype: t
 
 
 def _training(run: TrainedRun | None) -> str:
-    if run is None:
+    if run is None or not run.step:
         return ""
     config: TrainConfig = run.config
-    data = {"stdlib": "source and documentation of Python's standard library", "recall": "drawn pairs and questions"}
-    source = data.get(config.data.source, f"{config.data.source}: {config.data.path}")
-    if config.data.source in ("folder", "jsonl", "parquet"):
-        source = f"{config.data.source} of documents"  # its path says nothing elsewhere
     rows = {
-        "data": source,
+        "began with": read_origin(run.directory),
+        "data": _data(config),
         "corpus (sha256)": run.corpus.get("corpus"),
         "tokenizer (sha256)": run.corpus.get("tokenizer"),
         "tokens": f"{run.tokens:,}",
@@ -149,9 +148,20 @@ def _training(run: TrainedRun | None) -> str:
         f"weight decay {config.optimizer.weight_decay:g}",
         "precision": config.training.precision,
         "checkpoint (sha256 of its manifest)": run.identity,
-        "trained with": f"megatron-fwpkm {__version__}",
+        "exported by": f"megatron-fwpkm {__version__}",
     }
     return _table("Training", rows) + "\nAll settings are in `config.json` and `training_config.yaml`.\n"
+
+
+def _data(config: TrainConfig) -> str:
+    """What was read, without places that say nothing elsewhere."""
+    if config.data.corpus is not None:
+        return "a prepared corpus"
+    if config.data.source == "huggingface":
+        path = config.data.path or ""
+        return "a dataset on disk" if path.startswith(("/", ".", "~")) or Path(path).exists() else f"the dataset {path}"
+    known = {"stdlib": "source and documentation of Python's standard library", "recall": "drawn pairs and questions"}
+    return known.get(config.data.source, f"{config.data.source} of documents")
 
 
 def _metrics(run: TrainedRun | None) -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_fwpkm.compatibility import mend_torchvision
 from megatron_fwpkm.errors import UserError
-from megatron_fwpkm.memory import MemoryConfig, PKMConfig
-from megatron_fwpkm.model.settings import DecoderConfig, DeltaNetConfig, Mixer, YarnConfig
+from megatron_fwpkm.memory import MemoryConfig
+from megatron_fwpkm.model.settings import DecoderConfig, Mixer
+
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class OfficialConfigError(UserError):
@@ -124,7 +128,11 @@ def decoder_config(official: Mapping[str, Any]) -> tuple[DecoderConfig, int]:
         OfficialConfigError: keys that are unknown, missing or have values that are not supported.
     """
     _check_keys(official)
+    if official.get("model_type") == EXPORTED_TYPE:  # transformers may leave out what is as usual
+        official = {"tie_word_embeddings": True, **official}
     kinds = _required(official, "layer_types")
+    if not isinstance(kinds, list | tuple):
+        raise OfficialConfigError(f"layer_types is {kinds!r}; it must be a list of names")
     wrong = sorted({str(kind) for kind in kinds} - set(_MIXERS))
     if wrong:
         raise OfficialConfigError(f"layer_types has {', '.join(wrong)}; known are {', '.join(_MIXERS)}")
@@ -139,20 +147,26 @@ def decoder_config(official: Mapping[str, Any]) -> tuple[DecoderConfig, int]:
     settings = _translate(official, _DECODER)
     if "sliding_attention" in kinds or official.get("sliding_window") is not None:
         settings["window"] = _required(official, "sliding_window")
+    content = {
+        **settings,
+        "mixers": [_MIXERS[kind] for kind in kinds],
+        "rope_scaling": _rope_scaling(official),
+        "delta_net": _translate(official, _DELTA_NET),
+        "memory_layers": official.get("fwpkm_layers") or (),
+        "memory": _memory(official),
+        "pkm_layers": official.get("pkm_layers") or (),
+        "pkm": _translate(official, _PKM),
+    }
     try:
-        config = DecoderConfig(
-            **settings,
-            mixers=tuple(_MIXERS[kind] for kind in kinds),
-            rope_scaling=_rope_scaling(official),
-            delta_net=DeltaNetConfig(**_translate(official, _DELTA_NET)),
-            memory_layers=tuple(official.get("fwpkm_layers") or ()),
-            memory=_memory(official),
-            pkm_layers=tuple(official.get("pkm_layers") or ()),
-            pkm=PKMConfig(**_translate(official, _PKM)),
-        )
-    except (TypeError, ValueError) as error:
-        raise OfficialConfigError(f"the configuration can't be used: {error}") from error
-    return config, int(_required(official, "vocab_size"))
+        config = TypeAdapter(DecoderConfig).validate_python(content)
+        vocab_size = TypeAdapter(_Size).validate_python(_required(official, "vocab_size"))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'values'}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise OfficialConfigError(f"the configuration can't be used: {'; '.join(problems)}") from error
+    return config, vocab_size
 
 
 def _check_keys(official: Mapping[str, Any]) -> None:
@@ -190,7 +204,7 @@ def _translate(official: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
     return {ours: official[theirs] for ours, theirs in names.items() if theirs in official}
 
 
-def _memory(official: Mapping[str, Any]) -> MemoryConfig:
+def _memory(official: Mapping[str, Any]) -> dict[str, Any]:
     settings = _translate(official, _MEMORY)
     if official.get("model_type") == EXPORTED_TYPE:
         settings |= _translate(official, _MEMORY_EXPORTED)
@@ -203,20 +217,22 @@ def _memory(official: Mapping[str, Any]) -> MemoryConfig:
             if official[key] not in values:
                 raise OfficialConfigError(f"{key} is {official[key]!r}; allowed: {', '.join(map(repr, values))}")
             settings[ours] = values[official[key]]
-    config = MemoryConfig(**settings)
     # The released files spell it so, but that code reads fwpkm_target_value_lookahead only.
-    if official.get("fwpkm_target_lookahead", config.lookahead) != config.lookahead:
+    lookahead = settings.get("lookahead", MemoryConfig().lookahead)
+    if official.get("fwpkm_target_lookahead", lookahead) != lookahead:
         raise OfficialConfigError(
             f"fwpkm_target_lookahead is {official['fwpkm_target_lookahead']}, which the official code never reads (its "
-            f"lookahead is {config.lookahead}); remove it, or set fwpkm_target_value_lookahead"
+            f"lookahead is {lookahead}); remove it, or set fwpkm_target_value_lookahead"
         )
-    return config
+    return settings
 
 
-def _rope_scaling(official: Mapping[str, Any]) -> YarnConfig | None:
+def _rope_scaling(official: Mapping[str, Any]) -> dict[str, Any] | None:
     scaling = official.get("rope_scaling")
     if scaling is None:
         return None
+    if not isinstance(scaling, Mapping):
+        raise OfficialConfigError(f"rope_scaling is {scaling!r}; it must be a mapping or null")
     kind = scaling.get("rope_type", scaling.get("type"))
     unknown = sorted(set(scaling) - set(_YARN.values()) - {"rope_type", "type"})
     if kind != "yarn" or unknown:
@@ -224,7 +240,7 @@ def _rope_scaling(official: Mapping[str, Any]) -> YarnConfig | None:
         raise OfficialConfigError(f"rope_scaling is {dict(scaling)!r}; only yarn with {keys} is supported")
     settings = _translate(scaling, _YARN)
     settings.setdefault("original_length", official.get("max_position_embeddings"))
-    return YarnConfig(**settings)
+    return settings
 
 
 def official_config(config: DecoderConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:

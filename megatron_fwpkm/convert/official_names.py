@@ -215,6 +215,4 @@ def official_gradients(model: Decoder) -> dict[str, Tensor]:
 
 
 def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names) or "none"

@@ -45,7 +45,7 @@ def model_of_run(place: Path, checkpoint: str | None = None, memory: int = 0) ->
 
     Raises UserError where there is none, or it is damaged.
     """
-    source = choose_checkpoint(place, checkpoint)
+    source = choose_checkpoint(place.resolve(), checkpoint)
     directory = source.parent.parent
     config = read_run_config(directory, ())
     run = open_run(directory, config, source.name)

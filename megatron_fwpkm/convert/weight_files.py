@@ -39,7 +39,7 @@ def read_weights(place: Path) -> dict[str, Tensor]:
     path = _find(place)
     try:
         weights = _read_parts(path) if path.name.endswith(_INDEX) else _read(path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
         raise UserError(
             f"cannot read weights from {path} ({type(error).__name__}: {error}); give an intact file"
         ) from error
@@ -136,6 +136,8 @@ def write_weights(
 
     own = {name: tensor.detach().contiguous() for name, tensor in sorted(weights.items())}
     try:
+        if max_shard_size.strip().startswith("-"):
+            raise ValueError("below 0")
         split = split_torch_state_dict_into_shards(own, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(f"max-shard-size is {max_shard_size!r}; give something like 5GB or 500MB") from error

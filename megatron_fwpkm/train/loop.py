@@ -198,7 +198,7 @@ def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None
 
 def _check_fits(job: Job, state: JobState) -> list[str]:
     """Notes for the user. Raises UserError where a checkpoint is not of this training."""
-    if state.corpus and state.corpus != job.corpus:
+    if state.corpus != {key: job.corpus.get(key) for key in state.corpus}:
         raise UserError(
             "it was trained on another corpus or tokenizer than data.directory holds for this configuration (another "
             "version of Python, say); give the same corpus, or another run_directory to begin anew"

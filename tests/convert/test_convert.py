@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from megatron_fwpkm.checkpoint.store import read_state
 from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
+from megatron_fwpkm.convert.folder import new_folder
+from megatron_fwpkm.convert.huggingface import read_exported
 from megatron_fwpkm.convert.official_config import (
     OfficialConfigError,
     decoder_config,
     exported_config,
     official_config,
 )
+from megatron_fwpkm.convert.official_names import official_weights
 from megatron_fwpkm.convert.source import WholeModel, model_of_run
 from megatron_fwpkm.convert.weight_files import read_weights, write_weights
 from megatron_fwpkm.data.tokenizer import train_tokenizer
@@ -162,11 +168,84 @@ def test_there_and_back_is_bitwise(run: Path, exported: Path, tmp_path: Path) ->
     after = whole_tensors(tmp_path / "back" / "checkpoints" / "step_00000000")
     assert differing(true_values(before), true_values(after)) == []
     config = load_train_config(tmp_path / "back" / "config.yaml")
+    assert config.data.tokenizer == str(tmp_path / "back" / "tokenizer.json") and config.data.vocab_size is None
+    assert read_state(tmp_path / "back" / "checkpoints" / "step_00000000").corpus.keys() == {"tokenizer"}
     assert (config.training.steps, config.data.sequence_length) == (70, 64)
     assert config.model == dataclasses.replace(tiny_config(tmp_path / "x").model, mixers=config.model.mixers)
-    convert("to-hf", tmp_path / "back", tmp_path / "again", "--no-tokenizer")
+    convert("to-hf", tmp_path / "back", tmp_path / "again")
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (exported, tmp_path / "again")]
+    assert tokenizers[0] == tokenizers[1] and "## Training" not in (tmp_path / "again" / "README.md").read_text()
     same = (exported / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
     assert same
+
+
+def test_what_transformers_saved_again_comes_back(exported: Path, tmp_path: Path) -> None:
+    """It leaves keys out that are as usual, tied embeddings among them, and adds others."""
+    config = json.loads(GOLDEN[0].with_suffix(".json").read_text())["config"]
+    assert config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert("from-official", GOLDEN[0], "--config", tmp_path / "config.json", "--hf", tmp_path / "tied")
+    for number, folder in enumerate((exported, tmp_path / "tied")):
+        load_exported(folder, tmp_path / "modules").model.save_pretrained(tmp_path / f"again{number}")
+        found, wanted = read_exported(tmp_path / f"again{number}"), read_exported(folder)
+        assert (found.config, found.vocab_size) == (wanted.config, wanted.vocab_size)
+        assert differing(official_weights(found.decoder), official_weights(wanted.decoder)) == []
+    content = json.loads((tmp_path / "again1" / "config.json").read_text())
+    assert content.pop("tie_word_embeddings") is True
+    assert decoder_config(content)[0].tied_embeddings  # of versions that leave it out
+
+
+def test_settings_of_any_file_take_the_model_of_the_weights(exported: Path, tmp_path: Path) -> None:
+    """Only then, and with the overrides, must they fit together."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("model: {layers: 1}\ndata: {source: folder}\ntraining: {steps: 4}\nparallel: {pipeline: 3}\n")
+    base = ("from-hf", exported, tmp_path / "out", "--train-config", settings)
+    assert "data.source folder needs data.path" in convert(*base, "optimizer.warmup_steps=1", expected=2)
+    output = convert(*base, "optimizer.warmup_steps=1", "data.path=/x", "parallel.processes=3")
+    assert output.endswith("checkpoint.memories=keep")
+    config = load_train_config(tmp_path / "out" / "config.yaml")
+    assert (config.model.layers, config.data.path, config.parallel.pipeline) == (3, "/x", 3)
+
+
+def test_places_may_be_relative(run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    convert("to-hf", run, ".", "--no-tokenizer")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+    monkeypatch.chdir(run / "checkpoints")
+    convert("to-hf", "step_00000002", tmp_path / "other", "--no-tokenizer")
+    monkeypatch.chdir(tmp_path)
+    convert("from-hf", exported, "begun")
+    assert load_train_config(tmp_path / "begun" / "config.yaml").run_directory == str(tmp_path / "begun")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a link" in convert("to-hf", run, "link", "--no-tokenizer", expected=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": "x"},
+        {"vocab_size": -1},
+        {"hidden_size": 32.5},
+        {"rope_scaling": "yarn"},
+        {"layer_types": 5},
+        {"num_attention_heads": 3},
+        {"fwpkm_topk": 0},
+    ],
+)
+def test_configurations_that_are_refused_in_one_line(changes: dict[str, Any], exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "hf")
+    content = json.loads((exported / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(content | changes))
+    assert convert("from-hf", tmp_path / "hf", tmp_path / "out", expected=2).startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), new_folder(tmp_path / "x"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def true_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -313,6 +392,10 @@ def test_nothing_is_overwritten_and_mistakes_are_told(
     base: tuple[str | Path, ...] = ("from-official", weights, "--config", config)
     assert "all names and shapes fit" in convert(*base)  # a check alone
     assert "give --out too" in convert(*base, "training.steps=3", expected=2)
+    out, hf = tmp_path / "both", tmp_path / "too"
+    assert "stepz" in convert(*base, "--out", out, "--hf", hf, "training.stepz=3", expected=2)
+    assert "give two folders" in convert(*base, "--out", out, "--hf", out, expected=2)
+    assert not out.exists() and not hf.exists()
     assert "give --hf too" in convert(*base, "--tokenizer", tokenizer, expected=2)
     refused = convert(*base, "--hf", tmp_path / "hf", "--tokenizer", tokenizer, expected=2)
     assert "264 tokens and the model's embedding 61 rows" in refused

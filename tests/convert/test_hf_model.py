@@ -281,6 +281,41 @@ def test_a_carried_call_stores_what_it_wrote_and_keeps_its_gradients(tmp_path: P
         assert error(other.state_dict()[name], model.state_dict()[name]) < 1e-12
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS)[:2])
+@torch.no_grad()
+def test_caches_in_use_stay_as_they_are_when_a_memory_is_stored(variant: str, tmp_path: Path) -> None:
+    """Several turns with a cache, its memory stored after each, are those without storing; so are others' caches."""
+    folder, ids = export(tmp_path / "model", SMALL | VARIANTS[variant]), random_ids(1, 40)
+    logits, memories = {}, {}
+    for carried in (False, True):
+        model = load(folder)
+        other = model(random_ids(2, 7, seed=8), use_cache=True).past_key_values
+        cache, text, options = None, ids[:, :0], {"max_new_tokens": 4, "return_dict_in_generate": True}
+        for turn in (12, 25, 40):
+            prompt = torch.cat([text, ids[:, text.shape[1] : turn]], 1)
+            told = model.generate(prompt, past_key_values=cache, carry_memory=carried, do_sample=False, **options)
+            cache, text = told.past_key_values, told.sequences
+        logits[carried] = [
+            model(ids[:, :6], past_key_values=cache).logits,
+            model(random_ids(2, 9, seed=9), past_key_values=other).logits,
+        ]
+        memories[carried] = model.model.layers[0].fwpkm.values.clone()
+    for found, wanted in zip(logits[True], logits[False], strict=True):
+        assert error(found, wanted) < 1e-12
+    assert not torch.equal(memories[True], memories[False])
+    again = load(folder)
+    again(text, carry_memory=True)  # all turns in one call
+    assert error(again.model.layers[0].fwpkm.values, memories[True]) < 1e-9
+
+
+def test_hidden_states_of_generation(tmp_path: Path) -> None:
+    model, ids = load(export(tmp_path / "model", SMALL)), random_ids(2, 12)
+    told = model.generate(ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+    assert [states[-1].shape[1] for states in told.hidden_states] == [12, 1, 1]
+    with pytest.raises(TypeError, match="takes no output_attentions"):
+        model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+
+
 def test_models_without_memory(tmp_path: Path) -> None:
     folder = export(tmp_path / "model", SMALL | {"fwpkm_layers": [], "pkm_layers": []})
     model, ids = load(folder, dtype=torch.bfloat16, memory_mode="shared"), random_ids(2, 12)
@@ -345,12 +380,21 @@ def test_calls_that_are_refused(tmp_path: Path) -> None:
     later[0, 0] = 0
     with pytest.raises(ValueError, match="which of the tokens seen are padding"):
         model(ids, attention_mask=later, past_key_values=cache)
+    between = torch.ones(2, 12)
+    between[1, 4] = 0
+    with pytest.raises(ValueError, match="padding between real tokens"):
+        model(ids, attention_mask=between)
     with pytest.raises(TypeError, match="takes no output_attentions"):
         model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(ids, prefill_chunk_size=4, max_new_tokens=2)
     with pytest.raises(ValueError, match="none are left to be read"):
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="position_ids"):
         model.generate(ids, position_ids=torch.zeros_like(ids), max_new_tokens=2)
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="on several devices, or offloaded"):
+        model(ids)
 
 
 # -- lm-evaluation-harness --------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ class FwPKMConfig(PretrainedConfig):
         values["rope_scaling"] = None if rope.yarn is None else {"rope_type": "yarn", **rope.yarn}
         return values
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As to_dict(), without what is as usual for all models; whether embeddings are tied is always told."""
+        return {**super().to_diff_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
     def check(self) -> None:
         """Raise ValueError unless all values are known and fit together; models do so when they are made."""
         for name, allowed in _ALLOWED.items():

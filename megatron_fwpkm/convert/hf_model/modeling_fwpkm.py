@@ -834,18 +834,20 @@ class FwPKMState(nn.Module):
     def memory(self, sequences: int, official: bool) -> Memory:
         """A memory that begins as the stored one."""
         config = self.config
-        # A copy of the sub-keys, which are few: a backward pass may still need them after store().
-        keys = wide(self.keys.detach()).view(config.fwpkm_heads, 2, config.fwpkm_n_subkeys, -1).clone()
+        keys = wide(self.keys.detach()).view(config.fwpkm_heads, 2, config.fwpkm_n_subkeys, -1)
         return Memory(config, keys, Values(self.values.detach()), sequences, official)
 
     @torch.no_grad()
     def store(self, memory: Memory) -> None:
-        """Keep what a memory has written."""
+        """Keep what a memory has written over the table that it began from.
+
+        In new tensors: caches that are still in use, and backward passes, need the ones that were.
+        """
         values = memory.values
-        if values.scale != 1.0:
-            self.values.mul_(values.scale)
-        self.values[values.slots_U] = values.rows_UD.to(self.values.dtype)
-        self.keys.copy_(memory.keys_H2nd.flatten(0, 2))
+        table_ND = values.table_ND * values.scale
+        table_ND[values.slots_U] = values.rows_UD.to(table_ND.dtype)
+        self.values.data = table_ND
+        self.keys.data = memory.keys_H2nd.flatten(0, 2).to(self.keys.dtype, copy=True)
 
 
 def zscore(x: Tensor) -> Tensor:
@@ -973,7 +975,8 @@ class FwPKMPreTrainedModel(PreTrainedModel):
             init.normal_(module.values.weight, std=config.pkm_v_dim**-0.5)
         elif isinstance(module, FwPKMGatedDeltaNet):
             init.ones_(module.dt_bias)
-            module.A_log.uniform_(1e-6, 16).log_()
+            if not getattr(module.A_log, "_is_hf_initialized", False):
+                module.A_log.uniform_(1e-6, 16).log_()
 
 
 class FwPKMModel(FwPKMPreTrainedModel):
@@ -1049,6 +1052,7 @@ class FwPKMModel(FwPKMPreTrainedModel):
         Raises ValueError for what does not fit together, TypeError for arguments that mean nothing here.
         """
         refuse_unknown(kwargs)
+        check_devices(self)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         h_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -1107,6 +1111,14 @@ def refuse_unknown(arguments: dict[str, Any]) -> None:
         raise TypeError(f"this model takes no {', '.join(unknown)}")
 
 
+def check_devices(model: nn.Module) -> None:
+    """Raise ValueError where parts of a model are elsewhere: memories are used outside of the layers that hold them."""
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ValueError(
+            "the model's weights are on several devices, or offloaded: load it onto one, as with device_map={'': 0}"
+        )
+
+
 def check_cache(cache: FwPKMCache | None, batch: int) -> None:
     """Raise ValueError for a cache of another kind or batch."""
     if cache is None:
@@ -1133,6 +1145,9 @@ def whole_mask(given: Tensor | None, h_BTE: Tensor, cache: FwPKMCache | None) ->
             "seen or new, 0 for padding"
         )
     mask_BX = given.to(h_BTE.device) > 0
+    begins = mask_BX[:, :1].sum(1) + (mask_BX[:, 1:] & ~mask_BX[:, :-1]).sum(1)
+    if int(begins.max()) > 1:
+        raise ValueError("attention_mask has padding between real tokens; it may stand before or behind them alone")
     if not torch.equal(mask_BX[:, :seen], before):
         raise ValueError("attention_mask says otherwise than before which of the tokens seen are padding")
     return None if bool(mask_BX.all()) else mask_BX
@@ -1218,10 +1233,14 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen. `input_ids` are all, or those behind what the cache has seen."""
+        """The tokens that the cache has not seen.
+
+        `input_ids` are all tokens; with an `attention_mask` of all they may be the new ones alone.
+        """
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": past_key_values}
-        inputs |= {name: kwargs[name] for name in ("use_cache", "logits_to_keep", "freeze_memory") if name in kwargs}
+        passed = ("use_cache", "logits_to_keep", "freeze_memory", "output_hidden_states", "output_attentions")
+        inputs |= {name: kwargs[name] for name in passed if name in kwargs}
         if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
             inputs["inputs_embeds"] = inputs_embeds[:, seen:]
         else:
@@ -1304,6 +1323,7 @@ def refuse_rollback(setting: Any) -> None:
             )
     for name, instead in (
         ("cache_implementation", "these models have a cache of their own"),
+        ("prefill_chunk_size", "give the prompt to calls in pieces, and generate() their cache"),
         ("position_ids", "positions are counted by attention_mask"),
     ):
         if setting(name) is not None:
