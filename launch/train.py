@@ -43,14 +43,17 @@ def main(
         if dry_run:
             _print_plan(settings, device_memory, processes)
             return
-        from megatron_fwpkm.terminal import print_line
-        from megatron_fwpkm.train.job import check_run_directory, run_job
-        from megatron_fwpkm.train.job_data import prepare_data
-        from megatron_fwpkm.train.layout import check_processes
-
         if started_by_launcher():
+            from megatron_fwpkm.train.job import run_job
+
             run_job(settings)
             return
+        # No more than is needed here: ranks import what they compute with.
+        from megatron_fwpkm.terminal import print_line
+        from megatron_fwpkm.train.job_data import prepare_data
+        from megatron_fwpkm.train.layout import check_processes
+        from megatron_fwpkm.train.run_directory import check_run_directory
+
         check_processes(settings, settings.parallel.processes)
         check_run_directory(settings)
         prepare_data(settings, report=print_line)

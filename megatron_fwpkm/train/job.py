@@ -54,17 +54,6 @@ from megatron_fwpkm.train.settings import MemoryPolicy
 from megatron_fwpkm.train.stop import StopRequest, end_with_parent
 
 
-def check_run_directory(config: TrainConfig) -> None:
-    """What can be found wrong with the run directory before any process starts; the ranks check again.
-
-    Raises UserError if it can't be written, another job has it, or it has a run of another configuration.
-    """
-    run_directory = Path(config.run_directory)
-    with lock_run_directory(run_directory):
-        if any((run_directory / "checkpoints").glob("step_*")):
-            check_same_configuration(run_directory, config)
-
-
 def run_job(config: TrainConfig) -> None:
     """Train, evaluate and summarize as one rank of the job; every rank calls this with the same configuration.
 

@@ -111,6 +111,17 @@ def lock_run_directory(run_directory: Path) -> AbstractContextManager[None]:
     return _held(file)
 
 
+def check_run_directory(config: TrainConfig) -> None:
+    """What can be found wrong with the run directory before any process starts; the ranks check again.
+
+    Raises UserError if it can't be written, another job has it, or it has a run of another configuration.
+    """
+    run_directory = Path(config.run_directory)
+    with lock_run_directory(run_directory):
+        if any((run_directory / "checkpoints").glob("step_*")):
+            check_same_configuration(run_directory, config)
+
+
 def write_description(run_directory: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
     """Write config.yaml and environment.json."""
     write_atomically(run_directory / "config.yaml", to_yaml(config))
