@@ -71,7 +71,10 @@ def model_of_files(weights: Path, config: Mapping[str, Any]) -> WholeModel:
     Raises UserError that lists names which are missing or unknown, and settings that nothing here corresponds to.
     """
     shape, vocab_size = decoder_config(config)
+    positions = config.get("max_position_embeddings") or 0
+    if not isinstance(positions, int) or positions < 0:
+        raise UserError(f"max_position_embeddings is {positions!r}; it must be a number of tokens")
     tensors = read_weights(weights)
     decoder = Decoder(shape, vocab_size, TorchBackend(shape.initial_std, shape.norm_epsilon), seed=0)
     load_official(decoder, tensors)
-    return WholeModel(decoder, vocab_size, int(config.get("max_position_embeddings") or 0))
+    return WholeModel(decoder, vocab_size, positions)

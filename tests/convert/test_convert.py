@@ -231,6 +231,7 @@ def test_places_may_be_relative(run: Path, exported: Path, tmp_path: Path, monke
         {"layer_types": 5},
         {"num_attention_heads": 3},
         {"fwpkm_topk": 0},
+        {"max_position_embeddings": "abc"},
     ],
 )
 def test_configurations_that_are_refused_in_one_line(changes: dict[str, Any], exported: Path, tmp_path: Path) -> None:
