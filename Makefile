@@ -16,10 +16,9 @@ export PYTHON EXTRAS PIP_ARGS
 VENV_PYTHON := .venv/bin/python
 PACKAGES := $(wildcard megatron_fwpkm kernels/fwpkm_kernels launch data_prep tests)
 
-# A test process uses two cores; processes of a distributed test use one each, or they would wait for one another.
-TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
-UNIT_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-2}
-DISTRIBUTED_ENV := $(TEST_ENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1}
+# A process of a test uses one core, or those of a distributed one would wait for one another; ARGS="-n 8" uses more.
+TEST_ENV := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1 \
+    OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=$${MKL_NUM_THREADS:-1}
 
 .PHONY: help setup doctor train recall test test-unit test-distributed matrix lint format bench verify clean clean-all
 
@@ -59,14 +58,14 @@ recall: setup ## Train the recall run and its twin without memory, and measure w
 
 test: test-unit test-distributed ## Run all tests: those in one process, then the distributed ones one by one
 
-test-unit: setup ## Run the tests that need one process
-	$(UNIT_ENV) $(VENV_PYTHON) -m pytest -m 'not distributed' $(ARGS)
+test-unit: setup ## Run the tests that need one process, two at a time
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -n 2 -m 'not distributed' $(ARGS)
 
 test-distributed: setup ## Run the tests that start several processes
-	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist --durations=20 $(ARGS) || [[ $$? == 5 ]] # 5: none selected
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -m distributed -p no:xdist --durations=20 $(ARGS) || [[ $$? == 5 ]] # 5: none selected
 
 matrix: setup ## Train in every layout and compare with one rank; writes docs/matrix.md
-	$(DISTRIBUTED_ENV) $(VENV_PYTHON) -m tests.distributed.run_matrix
+	$(TEST_ENV) $(VENV_PYTHON) -m tests.distributed.run_matrix
 
 lint: setup ## Check style and types (ruff, mypy); all three always run
 	@status=0; \
