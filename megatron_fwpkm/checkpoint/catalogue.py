@@ -114,9 +114,17 @@ def describe_layout(state: JobState) -> str:
 
 
 def prune(place: Path, keep_last_k: int, keep_every: int | None, *, dry_run: bool = False) -> list[Path]:
-    """Delete superfluous checkpoints of a run; returns them. Call it while no job runs there."""
-    complete = [path for path in find_checkpoints(place) if (path / MANIFEST_FILE).is_file()]
-    doomed = superfluous(complete, keep_last_k, keep_every)
+    """Delete superfluous checkpoints of a run; returns them. Call it while no job runs there.
+
+    Those that are kept are read: damaged ones don't count, and stay.
+    """
+    older, whole = find_checkpoints(place), list[Path]()
+    while older and len(whole) < keep_last_k:
+        newest = older.pop()
+        if not damage_seen_alone(newest):
+            whole.append(newest)
+    complete = [path for path in older if (path / MANIFEST_FILE).is_file()]
+    doomed = superfluous([*complete, *whole], len(whole), keep_every) if whole else []
     if not dry_run:
         for path in doomed:
             remove_checkpoint(path)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as library
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.futures import Future
 
 from megatron_fwpkm.checkpoint.pieces import Pieces
 
@@ -36,6 +37,27 @@ class _LoadPlanner(library.DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)  # type: ignore[no-any-return, union-attr]
+
+
+class _Reader(library.FileSystemReader):
+    """Reads each piece of a file once, however many boxes are cut out of it; the library's reads it anew for each."""
+
+    def read_data(self, plan: library.LoadPlan, planner: library.LoadPlanner) -> Future[None]:
+        items: dict[MetadataIndex, list[Any]] = {}
+        for item in plan.items:
+            items.setdefault(item.storage_index, []).append(item)
+        for index, wanted in items.items():
+            place = self.storage_data[index]
+            with open(Path(self.path) / place.relative_path, "rb") as file:
+                stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+            for item in wanted:
+                box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(stored[box])
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 _PLAIN: Any = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
@@ -111,7 +133,7 @@ class SavedTensors:
                     f"({pieces.dtype})"
                 )
         # As library.load() does it for one process.
-        reader, planner = library.FileSystemReader(self._folder), _LoadPlanner(**_PLAIN)
+        reader, planner = _Reader(self._folder), _LoadPlanner(**_PLAIN)
         planner.set_up_planner(dict(wanted), self._metadata, is_coordinator=True)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         plan = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])

@@ -77,8 +77,9 @@ def reshard(config: TrainConfig, source: Path) -> None:
         layout = describe_layout(config, ranks)
         for note in parallel.agree_on_errors(lambda: check_batch(state.layout, layout), "comparing batches"):
             say(note)
-        parallel.on_leader(lambda: write_atomically(out / "config.yaml", to_yaml(config)), f"writing to {out}")
         store.save(replace(state, layout=layout))
+        # Last: a configuration without a checkpoint would train from the beginning.
+        parallel.on_leader(lambda: write_atomically(out / "config.yaml", to_yaml(config)), f"writing to {out}")
         for report in store.take_reports():
             say(str(report))
         torch.distributed.barrier()
@@ -88,7 +89,7 @@ def _vocabulary(source: Path, tensor_ranks: int) -> int:
     """Rows of the embedding. Raises UserError where they don't divide."""
     try:
         rows = SavedTensors(source / TENSORS).descriptions[f"{WEIGHTS}embedding.weight"].shape[0]
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # what a damaged pickle raises may be of any kind
         raise UserError(f"cannot read the tensors of {source} ({error!r}); give another --checkpoint") from error
     if rows % tensor_ranks:
         raise UserError(

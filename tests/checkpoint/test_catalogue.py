@@ -164,6 +164,15 @@ def test_what_is_superfluous_is_deleted_unless_a_job_runs(run: Path) -> None:
     assert names(run) == [f"step_{step:08d}" for step in (20, 40, 50)]
 
 
+def test_what_is_damaged_does_not_count_as_kept(run: Path) -> None:
+    flip(next((run / "checkpoints" / "step_00000050").rglob("*.distcp")))
+    (run / "checkpoints" / "step_00000030" / "manifest.json").unlink()
+    assert [path.name for path in prune(run, 1, None)] == ["step_00000010", "step_00000020"]
+    assert names(run) == [f"step_{step:08d}" for step in (30, 40, 50)]
+    flip(next((run / "checkpoints" / "step_00000040").rglob("*.distcp")))
+    assert prune(run, 1, None) == [] and len(names(run)) == 3
+
+
 def test_commands_show_what_there_is_and_what_is_damaged(run: Path) -> None:
     newest = run / "checkpoints" / "step_00000050"
     shown = command("inspect", str(run))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_fwpkm.checkpoint.parts import SlotRows
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging, boxes_of_run
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
+from megatron_fwpkm.memory.routing import owned_slots
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -76,6 +79,20 @@ def test_any_layout_reads_what_another_has_written(
     for found, wanted in zip(parts(torch.zeros_like(whole), *read), parts(whole, *read), strict=True):
         source.read({"a": found})
         assert all(torch.equal(one, other) for one, other in zip(found.tensors, wanted.tensors, strict=True))
+
+
+def test_each_piece_of_a_file_is_read_once(tmp_path: Path) -> None:
+    """However many boxes are cut out of it: tables of slots are read in as many as there are classes of rows."""
+    table = torch.randn(20**2, 3)
+    saved = SlotRows(20, 3).pieces("t", table, Staging())
+    save_tensors(tmp_path / "t", {"t": saved})
+    source = SavedTensors(tmp_path / "t")
+    rows = SlotRows(20, 3, rank=1, ranks=3)
+    slots = owned_slots(20, 1, 3)  # below 0: no row of anybody's
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        found = rows.read(source, "t", torch.empty(len(slots), 3))
+    assert load.call_count == 1 and len(rows.pieces("u", found, Staging()).tensors) > 3
+    assert torch.equal(found[slots >= 0], table[slots[slots >= 0]])
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
