@@ -90,8 +90,11 @@ def test_a_job_of_two_stages_trains_and_measures_as_one_process(tiny_job: TinyJo
 
 def test_a_killed_job_of_two_stages_resumes_bitwise(tiny_job: TinyJob, staged_run: TinyJob) -> None:
     process = tiny_job.start(*tiny_job.command(*STAGES))
+    tiny_job.wait_for_step(1, process)
+    ranks = tiny_job.ranks(process)
+    assert len(ranks) == 2
     tiny_job.wait_for_step(3, process)
-    for rank in tiny_job.ranks(process).values():
+    for rank in ranks.values():
         rank.kill()
     process.communicate(timeout=150)
     assert process.returncode == 1
