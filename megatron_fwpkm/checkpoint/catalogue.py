@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fwpkm.checkpoint.files import MANIFEST_FILE, TENSORS, damage_seen_alone, read_manifest, size_in_manifest
-from megatron_fwpkm.checkpoint.store import JobState, read_state, remove_checkpoint, superfluous
+from megatron_fwpkm.checkpoint.files import TENSORS, damage_seen_alone, read_manifest, size_in_manifest
+from megatron_fwpkm.checkpoint.folder import (
+    CHECKPOINTS,
+    checkpoints_in,
+    is_checkpoint_name,
+    is_complete,
+    remove_checkpoint,
+    superfluous,
+)
+from megatron_fwpkm.checkpoint.store import JobState, read_state
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.errors import UserError
-
-CHECKPOINTS = "checkpoints"
-_NAME = re.compile(r"step_\d{8}")
 
 
 def find_checkpoints(place: Path) -> list[Path]:
@@ -27,15 +31,14 @@ def find_checkpoints(place: Path) -> list[Path]:
 
 
 def _find(place: Path) -> list[Path]:
-    if _NAME.fullmatch(place.name) or (place / MANIFEST_FILE).is_file():
+    if is_checkpoint_name(place.name) or is_complete(place):
         return [place] if place.is_dir() else []
-    folder = place / CHECKPOINTS if (place / CHECKPOINTS).is_dir() else place
-    return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
+    return checkpoints_in(place / CHECKPOINTS if (place / CHECKPOINTS).is_dir() else place)
 
 
 def choose_checkpoint(place: Path, name: str | None = None) -> Path:
     """The named or newest complete checkpoint of a run, or the one given. Raises UserError if there is none."""
-    complete = [path for path in _find(place) if (path / MANIFEST_FILE).is_file()]
+    complete = [path for path in _find(place) if is_complete(path)]
     if not complete:
         raise UserError(f"{place} has no complete checkpoint; train for at least checkpoint.every steps")
     if name is None:
@@ -123,7 +126,7 @@ def prune(place: Path, keep_last_k: int, keep_every: int | None, *, dry_run: boo
         newest = older.pop()
         if not damage_seen_alone(newest):
             whole.append(newest)
-    complete = [path for path in older if (path / MANIFEST_FILE).is_file()]
+    complete = [path for path in older if is_complete(path)]
     doomed = superfluous([*complete, *whole], len(whole), keep_every) if whole else []
     if not dry_run:
         for path in doomed:

@@ -55,6 +55,11 @@ class EngineState:
         return self._parameters
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether every replica has all of this (without ZeRO)."""
+        return self._run_of == self._run_of_whole
+
+    @property
     def divides_weights(self) -> bool:
         """Whether no rank keeps whole weights between uses (ZeRO-3)."""
         return self._run_of == self._run_of_stage_3

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.files import sync_path
-from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
+from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
 
 MANIFEST_FILE = "manifest.json"
 JOB_FILE = "job.json"
 TENSORS = "tensors"
 """Folder that torch.distributed.checkpoint writes."""
+_FILE_OF_RANK = re.compile(rf"{TENSORS}/__(\d+)_\d+\.distcp")
 
 
 def describe_files(
@@ -24,23 +27,39 @@ def describe_files(
 ) -> dict[str, dict[str, Any]]:
     """Force every file of a folder to the disk and return its size and SHA-256, on all ranks.
 
-    Call it when all ranks have written. Each rank reads its share of the files once.
+    Call it when all ranks have written. Each rank describes what it has written itself, rank 0 also what is no rank's:
+    on a shared disk another machine's files may be seen late. Raises, on all ranks, RankFailedError when a file is
+    missing that the index of the tensors names.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    what = "writing a checkpoint"
+    own = agree_on_errors(
+        lambda: describe_files_alone(folder, lambda name: _written_by(name) == topology.rank), what, group
+    )
+    found = {name: entry for part in _of_all_ranks(own, topology, group) for name, entry in part.items()}
 
-    def describe(name: str) -> dict[str, Any]:
-        sync_path(folder / name)
-        return _describe(folder / name)
+    def check() -> None:
+        lost = {f"{TENSORS}/{name}" for name in SavedTensors(folder / TENSORS).files} - found.keys()
+        if lost:
+            raise FileNotFoundError(f"{sorted(lost)[0]} was written and is not there")
 
-    return dict(_shared(names, topology, lambda name: (name, describe(name)), "writing a checkpoint", group))
+    on_leader(check, what, group)
+    return found
 
 
-def describe_files_alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """As `describe_files`, by this process alone."""
+def _written_by(name: str) -> int:
+    """The rank that wrote a file of a checkpoint, by the name that torch.distributed.checkpoint gives it."""
+    match = _FILE_OF_RANK.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def describe_files_alone(folder: Path, chosen: Callable[[str], bool] = lambda name: True) -> dict[str, dict[str, Any]]:
+    """As `describe_files`, by this process alone; the chosen ones, by their names in the folder."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        sync_path(path)
-        found[str(path.relative_to(folder))] = _describe(path)
+        name = str(path.relative_to(folder))
+        if chosen(name):
+            sync_path(path)
+            found[name] = _describe(path)
     return found
 
 
@@ -57,31 +76,37 @@ def read_manifest(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
     return wanted, []
 
 
-def damage(folder: Path, topology: Topology) -> list[str]:
+def damage(folder: Path, topology: Topology, group: torch.distributed.ProcessGroup | None = None) -> list[str]:
     """What is wrong with a checkpoint, one phrase for each damaged file; the same on all ranks, empty if whole."""
     wanted, own = read_manifest(folder)
     # What one rank can't read none goes on with: the shares below come from the manifest.
-    unreadable: list[list[str]] = [[] for _ in range(topology.world_size)]
-    torch.distributed.all_gather_object(unreadable, own)
-    found = next((phrases for phrases in unreadable if phrases), [])
-    if found:
-        return found
-    phrases = _shared(sorted(wanted), topology, lambda name: compare_file(folder, name, wanted[name]), "verifying")
-    return [phrase for phrase in phrases if phrase]
+    for phrases in _of_all_ranks(own, topology, group):
+        if phrases:
+            return phrases
+    mine = shares({name: size_in_manifest(entry) for name, entry in wanted.items()}, topology.world_size)[topology.rank]
+
+    def compare() -> dict[str, str | None]:
+        return {name: compare_file(folder, name, wanted[name]) for name in mine}
+
+    parts = _of_all_ranks(agree_on_errors(compare, "verifying", group), topology, group)
+    return [phrase for _, phrase in sorted(item for part in parts for item in part.items()) if phrase]
 
 
-def _shared(
-    names: Sequence[str],
-    topology: Topology,
-    action: Callable[[str], Any],
-    what: str,
-    group: torch.distributed.ProcessGroup | None = None,
-) -> list[Any]:
-    """Results of `action` for every name, each made on one rank."""
-    own = agree_on_errors(lambda: [action(name) for name in names[topology.rank :: topology.world_size]], what, group)
-    parts: list[list[Any]] = [[] for _ in range(topology.world_size)]
+def shares(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Names for each rank, so that all have about as many bytes; the same wherever it is called."""
+    found: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = load.index(min(load))
+        found[rank].append(name)
+        load[rank] += sizes[name]
+    return found
+
+
+def _of_all_ranks(own: Any, topology: Topology, group: torch.distributed.ProcessGroup | None) -> list[Any]:
+    parts = [own] * topology.world_size
     torch.distributed.all_gather_object(parts, own, group=group)
-    return [item for part in parts for item in part]
+    return parts
 
 
 def _describe(path: Path) -> dict[str, Any]:

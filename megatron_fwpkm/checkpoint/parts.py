@@ -37,6 +37,9 @@ from megatron_fwpkm.train.tables import TrainedTables
 BY_SLOT = ".by_slot"
 WEIGHTS = "slow/"
 _STEPS = "optimizer_steps"
+_EMBEDDING = WEIGHTS + "embedding.weight"
+_PORTION_BYTES = 1 << 26
+"""Of a table on another device, copied at once."""
 
 
 class CheckpointPart(Protocol):
@@ -62,16 +65,18 @@ class SlowWeights:
         self._state, self._topology = state, topology
 
     def pieces(self, staging: Staging) -> dict[str, Pieces]:
-        """Of a weight that two stages share those of the first."""
-        found = {}
-        for name, parameter, run in self._state.runs():
+        """Of a weight that two stages share those of the first; what all replicas have is one's to write."""
+        found, place = {}, self._topology
+        for number, (name, parameter, run) in enumerate(self._state.runs()):
             if getattr(parameter, "ds_pipe_replicated", False):
+                continue
+            if self._state.is_replicated and number % place.replicas != place.replica:
                 continue
             found[WEIGHTS + name] = self._of_run(parameter, run.weight, run.start)
             for moment, values in run.moments.items():
                 found[f"{moment}/{name}"] = self._of_run(parameter, values, run.start)
-        # The number of steps is one for all; whichever rank writes it.
-        found[_STEPS] = Pieces.whole(torch.tensor(self._state.steps()))
+        if place.is_leader:  # one number for all
+            found[_STEPS] = Pieces.whole(torch.tensor(self._state.steps()))
         return found
 
     def load(self, source: SavedTensors) -> list[str]:
@@ -131,8 +136,11 @@ class SlotRows:
         ordered = staging.buffer(name, (len(rows), *table.shape[1:]), table.dtype)
         if table.device == ordered.device:
             torch.index_select(table.detach(), 0, rows, out=ordered)
-        else:
-            ordered.copy_(table.detach().index_select(0, rows))
+        else:  # in portions: a whole table more may be more than the device has left
+            row_bytes = table[:1].numel() * table.element_size()
+            portion = max(1, _PORTION_BYTES // max(row_bytes, 1))
+            for some, target in zip(rows.split(portion), ordered.split(portion), strict=True):
+                target.copy_(table.detach().index_select(0, some))
         return self._pieces(ordered, owned=True)
 
     def read(self, source: SavedTensors, name: str, like: Tensor) -> Tensor:
@@ -158,22 +166,30 @@ class TableValues:
     Args:
         tables: what trains them
         name_of: from the model's names to those in a checkpoint
+        replica: this rank's
+        replicas: their number; each writes some of what all have
     """
 
-    def __init__(self, tables: TrainedTables, name_of: Callable[[str], str] = str) -> None:
+    def __init__(
+        self, tables: TrainedTables, name_of: Callable[[str], str] = str, replica: int = 0, replicas: int = 1
+    ) -> None:
+        self._replica, self._replicas = replica, replicas
         self._tables = {
             name_of(name): (tables[name], SlotRows(shard.config.n_subkeys, shard.config.v_dim, shard.rank, shard.ranks))
             for name, shard in tables.shards.items()
         }
 
     def pieces(self, staging: Staging) -> dict[str, Pieces]:
-        """Of all replicas the same."""
+        """All replicas have the same: every one writes its share of the tensors."""
         found: dict[str, Pieces] = {}
+        number = 0
         for name, (table, rows) in self._tables.items():
             state = table.state_dict()
             for key, tensor in _TABLE.items():
                 saved = f"{key}{name}{BY_SLOT}"
-                found[saved] = rows.pieces(saved, state[tensor], staging)
+                if number % self._replicas == self._replica:
+                    found[saved] = rows.pieces(saved, state[tensor], staging)
+                number += 1
             found[_CLOCK_NOW + name] = Pieces.whole(torch.tensor(table.clock, dtype=torch.float64))
         return found
 
@@ -315,6 +331,22 @@ def _rows_of(state: FastState, rank: int, ranks: int) -> SlotRows:
 def fast_name(memory: int, block: int) -> str:
     """Folder of one memory's tensors."""
     return f"fast_state/memory_{memory:05d}/block_{block:03d}"
+
+
+def embedding_rows(source: SavedTensors, tensor_ranks: int = 1, tokens: int = 0) -> int:
+    """Rows of the embedding of a checkpoint, which a model has to have to load it.
+
+    Raises ValueError where they can't be split evenly over so many ranks, or are fewer than a tokenizer's tokens.
+    """
+    found = source.descriptions.get(_EMBEDDING)
+    if found is None:
+        raise ValueError(f"there is no tensor {_EMBEDDING}")
+    rows = found.shape[0]
+    if rows % tensor_ranks:
+        raise ValueError(f"its embedding has {rows} rows, which can't be split over parallel.tensor={tensor_ranks}")
+    if rows < tokens:
+        raise ValueError(f"its embedding has {rows} rows, and the tokenizer of the data {tokens} tokens")
+    return rows
 
 
 def count_memories(source: SavedTensors) -> int:

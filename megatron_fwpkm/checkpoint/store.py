@@ -1,52 +1,41 @@
-"""Checkpoints of a whole job: complete under their own name, or not there.
+"""Checkpoints of a whole job: complete under their own name, or not there (folder.py tells what lies where).
 
-    <run>/checkpoints/
-        latest                         name of the newest complete checkpoint
-        step_00000200/
-            tensors/                   what torch.distributed.checkpoint writes: weights, moments, memories (parts.py)
-            job.json                   step, tokens, data cursor, corpus, layout
-            manifest.json              size and SHA-256 of every other file, written last
-        damaged_step_00000100/         one that was found damaged and not used
-
-A checkpoint is written into `.step_00000200.partial`, forced to disk and renamed; `latest` follows last. It is complete
-when it has a manifest, and loaded only when its files are those of the manifest. It belongs to no layout: any number of
-processes laid out in any way reads it.
+A checkpoint belongs to no layout: any number of processes laid out in any way reads it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megatron_fwpkm.checkpoint.files import (
-    JOB_FILE,
-    MANIFEST_FILE,
-    TENSORS,
-    damage,
-    describe_files,
-    describe_files_alone,
+from megatron_fwpkm.checkpoint.files import JOB_FILE, TENSORS, describe_files, describe_files_alone
+from megatron_fwpkm.checkpoint.folder import (
+    checkpoint_path,
+    commit,
+    make_room,
+    partial_of,
+    point_at,
+    remove_leftovers,
+    remove_superfluous,
 )
 from megatron_fwpkm.checkpoint.parts import CheckpointPart
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
-from megatron_fwpkm.errors import SharedUserError, UserError
-from megatron_fwpkm.files import strict_json, sync_path, write_atomically
+from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors, on_leader
 from megatron_fwpkm.phase import PHASE
 
 FORMAT_VERSION = 3
-_NAME = re.compile(r"step_(\d{8})")
 _ENTRY_BYTES = 2048
 """Upper estimate of what a file needs for one piece beside its numbers."""
 
@@ -132,6 +121,7 @@ class _Writing:
 
     def __init__(self, write: Callable[[], SaveReport]) -> None:
         self._write = write
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._report: SaveReport | None = None
         self.error: BaseException | None = None
         self.failed_while = ""
@@ -141,6 +131,8 @@ class _Writing:
 
     def _run(self) -> None:
         try:
+            if self._device is not None:  # a new thread's is the first one, whosever that is
+                torch.cuda.set_device(self._device)
             with PHASE.aside():
                 self._report = self._write()
         except BaseException as error:
@@ -172,7 +164,8 @@ class CheckpointStore:
         keep_last_k: newest whole checkpoints to keep
         keep_every: checkpoints of these steps (multiples) are kept for good; None: none
         asynchronous: whether `save` returns when the state is copied, and files are written beside training
-        timeout_seconds: longest wait of that writing for another rank
+        group: a process group of all ranks for what is exchanged about files: training's exchanges go on in the default
+            one. None: `group_for_files` makes one
     """
 
     def __init__(
@@ -184,22 +177,17 @@ class CheckpointStore:
         keep_last_k: int = 2,
         keep_every: int | None = None,
         asynchronous: bool = False,
-        timeout_seconds: float = 300.0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._folder = folder
         self._topology = topology
         self._parts = dict(parts)
         self._keep_last_k, self._keep_every = keep_last_k, keep_every
         self._asynchronous = asynchronous
-        # Exchanges of its own: training's go on in the default group.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._group = group or group_for_files()
         self._staging = Staging()
         self._writing: _Writing | None = None
         self._reports: list[SaveReport] = []
-
-    def has_any(self) -> bool:
-        """Whether there is a checkpoint, whole or not. This rank alone."""
-        return bool(self._names())
 
     @property
     def has_failed(self) -> bool:
@@ -228,14 +216,14 @@ class CheckpointStore:
         """
         started = time.perf_counter()
         self.finish()
-        target = self._folder / f"step_{state.step:08d}"
+        target = checkpoint_path(self._folder, state.step)
         with PHASE.during("preparing a checkpoint"):
-            if on_leader(lambda: self._clean(target), "preparing a checkpoint"):
-                on_leader(lambda: self._point_at(target), "writing a checkpoint")
+            if on_leader(lambda: self._is_there(target), "preparing a checkpoint"):
+                on_leader(lambda: self._committed(target), "writing a checkpoint")
                 return target
             pieces = agree_on_errors(self._pieces, "preparing a checkpoint")
-            needed = _needed_bytes(pieces, self._topology.world_size)
-            on_leader(lambda: self._make_room(target, needed), "preparing a checkpoint")
+            needed = _needed_bytes(pieces, self._group)
+            on_leader(lambda: make_room(target, needed), "preparing a checkpoint")
         pause = time.perf_counter() - started
 
         def write() -> SaveReport:
@@ -260,106 +248,45 @@ class CheckpointStore:
 
     def _write(self, target: Path, state: JobState, pieces: dict[str, Pieces]) -> int:
         """Bytes of all files."""
-        what, partial = "writing a checkpoint", _partial(target)
+        what, partial = "writing a checkpoint", partial_of(target)
         try:
             agree_on_errors(lambda: save_tensors(partial / TENSORS, pieces, self._group), what, self._group)
             on_leader(lambda: _write_job(partial, state), what, self._group)
             description = describe_files(partial, self._topology, self._group)
-            on_leader(lambda: _commit(partial, target, description), what, self._group)
+            on_leader(lambda: commit(target, description), what, self._group)
         except Exception:
             if self._topology.is_leader:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        on_leader(lambda: self._point_at(target), what, self._group)
+        on_leader(lambda: self._committed(target), what, self._group)
         return sum(entry["bytes"] for entry in description.values())
 
-    def load_one(self, source: Path, say: Callable[[str], None]) -> JobState:
-        """Restore one checkpoint of any run, and leave that as it is. Raises SharedUserError if it is damaged."""
-        wrong = damage(source, self._topology)
-        if wrong:
-            raise SharedUserError(f"{source} is damaged ({'; '.join(wrong[:3])}); give another --checkpoint")
-        return self._take_over(source, say, None)
-
-    def load(
-        self, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None = None
-    ) -> tuple[Path, JobState] | None:
-        """Restore the newest whole checkpoint; returns its path and the state that has no owner, or None.
-
-        Newer ones that are damaged are renamed to damaged_<name>; `say` gets a line about each, and what parts have to
-        tell. `check` looks at the state before anything is taken over. Raises SharedUserError if there are checkpoints
-        and none is whole, or the one found does not fit this job.
-        """
-        names = on_leader(self._names, "looking for a checkpoint")
-        damaged: dict[str, str] = {}
-        for name in reversed(names):
-            wrong = damage(self._folder / name, self._topology)
-            if not wrong:
-                break
-            damaged[name] = f"{'; '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
-        else:
-            if not names:
-                return None
-            raise SharedUserError(
-                f"no checkpoint in {self._folder} is whole: "
-                + "; ".join(f"{name} ({text})" for name, text in damaged.items())
-                + f". Restore their files, or delete {self._folder} to begin anew"
-            )
-        source = self._folder / name
-        if damaged:
-            for line in on_leader(lambda: self._set_aside(damaged, name), "setting damaged checkpoints aside"):
-                say(line)
-        return source, self._take_over(source, say, check)
-
-    def _take_over(
-        self, source: Path, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None
-    ) -> JobState:
-        state, notes = agree_on_errors(lambda: self._read(source, check), f"loading {source}")
-        for part in self._parts.values():
-            part.finish_loading()
-        for note in notes:
-            say(note)
-        return state
-
-    def _names(self) -> list[str]:
-        """Everything with a checkpoint's name, oldest first, whole or not."""
-        return sorted(path.name for path in self._folder.glob("step_*") if _NAME.fullmatch(path.name))
-
-    def _set_aside(self, damaged: Mapping[str, str], whole: str) -> list[str]:
-        write_atomically(self._folder / "latest", whole + "\n")
-        lines = []
-        for name, text in damaged.items():
-            kept = self._folder / f"damaged_{name}"
-            number = 1
-            while kept.exists():
-                number += 1
-                kept = self._folder / f"damaged_{name}.{number}"
-            os.rename(self._folder / name, kept)
-            lines.append(f"checkpoint {name} is damaged ({text}): renamed to {kept.name}, going on from {whole}")
-        return lines
-
-    def _clean(self, target: Path) -> bool:
-        """Remove what a killed save has left; True if the checkpoint is there already."""
+    def _is_there(self, target: Path) -> bool:
+        """Whether the checkpoint is there already; what a killed save has left is removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._folder.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
+        remove_leftovers(self._folder)
         return target.exists()
 
-    def _make_room(self, target: Path, needed: int) -> None:
-        """Begin a checkpoint. Raises UserError when the disk is too full."""
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise UserError(
-                f"no space left for a checkpoint: the disk of {self._folder} has {free / 2**20:.1f} MiB free and one "
-                f"takes about {needed / 2**20:.1f} MiB; free some and start the same command again: the checkpoints "
-                f"that are there are whole"
-            )
-        (_partial(target) / TENSORS).mkdir(parents=True)
+    def _committed(self, target: Path) -> None:
+        point_at(target)
+        remove_superfluous(self._folder, self._keep_last_k, self._keep_every)
 
-    def _point_at(self, target: Path) -> None:
-        write_atomically(self._folder / "latest", target.name + "\n")
-        whole = [name for name in self._names() if (self._folder / name / MANIFEST_FILE).is_file()]
-        for path in superfluous([self._folder / name for name in whole], self._keep_last_k, self._keep_every):
-            remove_checkpoint(path)
+    def load(
+        self, source: Path, say: Callable[[str], None], check: Callable[[JobState], list[str]] | None = None
+    ) -> JobState:
+        """Restore a checkpoint of any run that is known to be whole; returns the state that has no owner.
+
+        `check` looks at that before anything is taken over; `say` gets what it and the parts, on whatever rank, have to
+        tell. Raises SharedUserError if the checkpoint does not fit this job.
+        """
+        state, own = agree_on_errors(lambda: self._read(source, check), f"loading {source}")
+        for part in self._parts.values():
+            part.finish_loading()
+        notes = [own] * self._topology.world_size
+        dist.all_gather_object(notes, own, group=self._group)
+        for note in dict.fromkeys(note for of_rank in notes for note in of_rank):
+            say(note)
+        return state
 
     def _read(self, source: Path, check: Callable[[JobState], list[str]] | None) -> tuple[JobState, list[str]]:
         try:
@@ -368,19 +295,24 @@ class CheckpointStore:
             tensors = SavedTensors(source / TENSORS)
             for part in self._parts.values():
                 notes += part.load(tensors)
-        except Exception as error:
+        except (UserError, ValueError, OSError) as error:
             raise UserError(f"{source} can't be loaded: {error}") from error
         return state, notes
 
 
+def group_for_files(timeout_seconds: float = 1800.0) -> dist.ProcessGroup:
+    """A process group of all ranks in which one waits so long for another that reads or writes files."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))  # type: ignore[no-any-return]
+
+
 def save_alone(folder: Path, state: JobState, pieces: Mapping[str, Pieces]) -> Path:
     """Write a checkpoint of what one process has, outside of any job; returns its folder."""
-    target = folder / f"step_{state.step:08d}"
-    partial = _partial(target)
+    target = checkpoint_path(folder, state.step)
+    partial = partial_of(target)
     save_tensors(partial / TENSORS, pieces)
     _write_job(partial, state)
-    _commit(partial, target, describe_files_alone(partial))
-    write_atomically(folder / "latest", target.name + "\n")
+    commit(target, describe_files_alone(partial))
+    point_at(target)
     return target
 
 
@@ -401,46 +333,13 @@ def read_state(checkpoint: Path) -> JobState:
         ) from error
 
 
-def superfluous(checkpoints: Sequence[Path], keep_last_k: int, keep_every: int | None) -> list[Path]:
-    """Those of complete checkpoints, oldest first, that are neither among the newest nor milestones."""
-    return [
-        path
-        for path in checkpoints[:-keep_last_k]
-        if not keep_every or int(path.name.removeprefix("step_")) % keep_every
-    ]
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete one; renamed first: half a checkpoint must not carry a checkpoint's name."""
-    doomed = _partial(checkpoint)
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _needed_bytes(pieces: Mapping[str, Pieces], world_size: int) -> int:
-    """Upper estimate of a checkpoint: every tensor once, whoever has copies. All ranks call this together."""
-    own = {name: one.whole_bytes for name, one in pieces.items()}, sum(len(one.tensors) for one in pieces.values())
-    every = [own]
-    if world_size > 1:
-        every = every * world_size
-        dist.all_gather_object(every, own)
-    tensors: dict[str, int] = {}
-    for sizes, _ in every:
-        tensors |= sizes
-    return sum(tensors.values()) + _ENTRY_BYTES * sum(count for _, count in every) + (1 << 20)
+def _needed_bytes(pieces: Mapping[str, Pieces], group: dist.ProcessGroup) -> int:
+    """Upper estimate of a checkpoint: what all ranks have. All ranks call this together."""
+    own = sum(one.num_bytes + _ENTRY_BYTES * len(one.tensors) for one in pieces.values())
+    total = torch.tensor(own)
+    dist.all_reduce(total, group=group)
+    return int(total) + (1 << 20)
 
 
 def _write_job(partial: Path, state: JobState) -> None:
     (partial / JOB_FILE).write_text(json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
-
-
-def _commit(partial: Path, target: Path, description: dict[str, dict[str, Any]]) -> None:
-    write_atomically(partial / MANIFEST_FILE, strict_json(description, indent=1) + "\n")
-    for folder in (path for path in partial.rglob("*") if path.is_dir()):
-        sync_path(folder)
-    os.rename(partial, target)
-    sync_path(target.parent)

@@ -8,6 +8,7 @@ and know parameters only.)
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,43 @@ from torch.futures import Future
 
 from megatron_fwpkm.checkpoint.pieces import Pieces
 
+INDEX_FILE = ".metadata"
+"""What is where in the other files: a pickle, as that library has it."""
+_IN_AN_INDEX = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
+        *("StorageMeta", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    },
+    "pathlib": {"PosixPath"},
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes what an index is made of and nothing else: a pickle may name any function, to be called as it is read."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _IN_AN_INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is in no index of tensors")
+        return super().find_class(module, name)
+
 
 class _SavePlanner(library.DefaultSavePlanner):
+    def create_global_plan(self, all_plans: list[library.SavePlan]) -> tuple[list[library.SavePlan], Metadata]:
+        plan, metadata = super().create_global_plan(all_plans)
+        # The base class looks for boxes that overlap, and for gaps where several ranks write.
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                there = sum(chunk.sizes.numel() for chunk in entry.chunks)
+                if there != entry.size.numel():
+                    raise ValueError(f"ranks have {there} of the {entry.size.numel()} elements of {name}")
+        return plan, metadata
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
@@ -48,8 +84,12 @@ class _Reader(library.FileSystemReader):
             items.setdefault(item.storage_index, []).append(item)
         for index, wanted in items.items():
             place = self.storage_data[index]
-            with open(Path(self.path) / place.relative_path, "rb") as file:
-                stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+            path = Path(self.path) / place.relative_path
+            try:
+                with open(path, "rb") as file:
+                    stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+            except Exception as error:  # as of the index
+                raise ValueError(f"cannot read {path}: {error}") from error
             for item in wanted:
                 box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
                 target = planner.resolve_tensor(item).detach()
@@ -74,7 +114,10 @@ def save_tensors(folder: Path, pieces: Mapping[str, Pieces], group: dist.Process
         try:
             library.save(
                 dict(pieces),
-                storage_writer=library.FileSystemWriter(folder, sync_files=False, overwrite=False),
+                # Copying ahead to the CPU would have a stream of its own on the GPU.
+                storage_writer=library.FileSystemWriter(
+                    folder, sync_files=False, overwrite=False, per_thread_copy_ahead=0
+                ),
                 planner=_SavePlanner(dedup_save_to_lowest_rank=False, **_PLAIN),
                 process_group=group,
                 no_dist=not dist.is_initialized(),
@@ -101,8 +144,8 @@ class TensorDescription:
 class SavedTensors:
     """The tensors in a folder. Reading is each process's own affair: no call waits for another rank.
 
-    The folder's index is a pickle, which can run code: read folders only that a checked manifest vouches for, and from
-    people you trust.
+    No file can make reading it run code, be it as damaged or as hostile as it may. Every method raises ValueError when
+    the folder can't be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,7 +153,27 @@ class SavedTensors:
 
     @cached_property
     def _metadata(self) -> Metadata:
-        return library.FileSystemReader(self._folder).read_metadata()
+        path = self._folder / INDEX_FILE
+        try:
+            with open(path, "rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError("it is no index")
+        except Exception as error:  # damaged pickles raise errors of any kind
+            raise ValueError(f"cannot read {path}: {error}") from error
+        outside = [name for name in self._files_of(metadata) if Path(name).name != name]
+        if outside:
+            raise ValueError(f"cannot read {path}: it names {outside[0]}, which is not beside it")
+        return metadata
+
+    @staticmethod
+    def _files_of(metadata: Metadata) -> set[str]:
+        return {place.relative_path for place in (metadata.storage_data or {}).values()}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that have the tensors."""
+        return self._files_of(self._metadata)
 
     @cached_property
     def descriptions(self) -> dict[str, TensorDescription]:

@@ -12,6 +12,7 @@ from megatron_fwpkm.checkpoint.parts import (
     WEIGHTS,
     SlotRows,
     count_memories,
+    embedding_rows,
     fast_name,
     load_memory,
     memory_pieces,
@@ -38,8 +39,7 @@ def read_decoder(
     """
     source = SavedTensors(checkpoint / TENSORS)
     try:
-        rows = source.descriptions[f"{WEIGHTS}embedding.weight"].shape[0]
-        model = Decoder(config, rows, backend, seed)
+        model = Decoder(config, embedding_rows(source), backend, seed)
         model.to(dtype)
         load_whole_model(model, source, memory)
     except Exception as error:  # torch and its readers have exceptions of their own

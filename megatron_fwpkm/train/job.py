@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,20 @@ import torch
 import torch.distributed
 
 from megatron_fwpkm.checkpoint.engine_state import EngineState
-from megatron_fwpkm.checkpoint.parts import CheckpointPart, FastStates, RandomGenerators, SlowWeights, TableValues
-from megatron_fwpkm.checkpoint.store import CheckpointStore, layout_of
-from megatron_fwpkm.config import TrainConfig
-from megatron_fwpkm.data.scratch import (
-    SCRATCH_VARIABLE,
-    clean_abandoned,
-    hold_scratch,
-    open_scratch,
-    use_as_temporary_folder,
+from megatron_fwpkm.checkpoint.files import TENSORS
+from megatron_fwpkm.checkpoint.folder import CHECKPOINTS, checkpoints_in, newest_whole
+from megatron_fwpkm.checkpoint.parts import (
+    CheckpointPart,
+    FastStates,
+    RandomGenerators,
+    SlowWeights,
+    TableValues,
+    embedding_rows,
 )
+from megatron_fwpkm.checkpoint.store import CheckpointStore, group_for_files, layout_of
+from megatron_fwpkm.checkpoint.tensors import SavedTensors
+from megatron_fwpkm.config import TrainConfig
+from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss
 from megatron_fwpkm.model.decoder import BlockStack, Decoder
@@ -37,21 +39,13 @@ from megatron_fwpkm.train.dry_run import padded_vocabulary
 from megatron_fwpkm.train.engine import EngineBundle, build_training
 from megatron_fwpkm.train.environment import describe_environment
 from megatron_fwpkm.train.job_data import JobData, open_data
-from megatron_fwpkm.train.launcher import report_failure
-from megatron_fwpkm.train.layout import check_processes
-from megatron_fwpkm.train.logs import RankLog
+from megatron_fwpkm.train.joining import Joined, joined_job
 from megatron_fwpkm.train.loop import Job, Progress, evaluate, resume, train
-from megatron_fwpkm.train.peers import PeerWatch
 from megatron_fwpkm.train.recorder import Recorder
-from megatron_fwpkm.train.run_directory import (
-    check_same_configuration,
-    lock_run_directory,
-    write_description,
-    write_summary,
-)
+from megatron_fwpkm.train.run_directory import check_same_configuration, write_description, write_summary
 from megatron_fwpkm.train.samples import Sampler, prompts_from
 from megatron_fwpkm.train.settings import MemoryPolicy
-from megatron_fwpkm.train.stop import StopRequest, end_with_parent
+from megatron_fwpkm.train.stop import StopRequest
 
 
 def run_job(config: TrainConfig) -> None:
@@ -61,35 +55,21 @@ def run_job(config: TrainConfig) -> None:
     SystemExit with a status above 0, the reason said and logged, when this rank or another one failed.
     """
     started = time.perf_counter()
-    end_with_parent()
-    check_processes(config, int(os.environ["WORLD_SIZE"]))
-    ranks = parallel.initialize(config.parallel)
-    stop = StopRequest()  # not before: until here there is nothing to save, and a signal may end the process
-    run_directory = Path(config.run_directory)
-    with ExitStack() as open_things:
-        open_things.callback(parallel.shut_down)
-        scratch = open_things.enter_context(_shared_scratch(ranks))
-        run_lock = parallel.agree_on_errors(
-            lambda: lock_run_directory(run_directory) if ranks.is_leader else nullcontext(), "locking the run directory"
-        )
-        open_things.enter_context(run_lock)
-        log = RankLog(run_directory, ranks.rank, ranks.world_size)
-        parallel.agree_on_errors(lambda: open_things.enter_context(log), "opening the logs")
-        watch = PeerWatch(ranks, run_directory, report_failure, lambda: _clean_up_after_others(scratch))
-        open_things.enter_context(watch)
-        with watch.reporting(log):
-            _run(config, ranks, scratch, stop, started)
-            watch.stop()
-            torch.distributed.barrier()  # the others watch no more either: this process may go
+    with joined_job(config) as joined:
+        _run(config, joined, started)
 
 
-def _run(config: TrainConfig, ranks: parallel.Topology, scratch: Path, stop: StopRequest, started: float) -> None:
+def _run(config: TrainConfig, joined: Joined, started: float) -> None:
+    ranks = joined.ranks
     say: Callable[[str], None] = print_line if ranks.is_leader else _ignore
     # The command that started the processes has prepared the data and said so.
     said = SCRATCH_VARIABLE in os.environ
-    job = _build(config, ranks, open_data(config, ranks, scratch, _ignore if said else say))
+    data = open_data(config, ranks, joined.scratch, _ignore if said else say)
     notes: list[str] = []
-    progress = _resume_or_begin(job, notes.append)
+    files = group_for_files(config.checkpoint.timeout_seconds)
+    source = _find_checkpoint(config, ranks, files, notes.append)
+    job = _build(config, ranks, data, _vocabulary(config, data, source), files)
+    progress = _resume_or_begin(job, source, notes.append)
     reason = _no_samples_because(config, ranks)
     if reason and config.logging.samples:
         notes.append(f"no prompts are continued at evaluations: {reason}")
@@ -99,7 +79,7 @@ def _run(config: TrainConfig, ranks: parallel.Topology, scratch: Path, stop: Sto
         for line in (*notes, _describe(job, peak)):
             recorder.say(line)
         try:
-            _train_and_measure(job, progress, stop, started)
+            _train_and_measure(job, progress, joined.stop, started)
         finally:
             job.loader.close()
         parallel.agree_on_errors(recorder.check, "recording the run")
@@ -120,8 +100,51 @@ def _train_and_measure(job: Job, progress: Progress, stop: StopRequest, started:
     parallel.on_leader(lambda: _summarize(job, progress, result, seconds), "writing the summary")
 
 
-def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
-    model = build_model(config, ranks, padded_vocabulary(data.vocab_size, config.parallel.tensor))
+def _find_checkpoint(
+    config: TrainConfig, ranks: parallel.Topology, files: torch.distributed.ProcessGroup, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint of this run to go on from, if it has any."""
+    run_directory = Path(config.run_directory)
+    folder = run_directory / CHECKPOINTS
+
+    def compare() -> None:
+        if checkpoints_in(folder):
+            check_same_configuration(run_directory, config)
+
+    parallel.on_leader(compare, "comparing configurations")
+    return newest_whole(folder, ranks, say, files)
+
+
+def _vocabulary(config: TrainConfig, data: JobData, source: Path | None) -> int:
+    """Rows of the embedding: those of the checkpoint, where there is one."""
+    if source is None:
+        return padded_vocabulary(data.vocab_size, config.parallel.tensor)
+    return vocabulary_of(source, config.parallel.tensor, data.vocab_size)
+
+
+def vocabulary_of(source: Path, tensor_ranks: int, tokens: int = 0) -> int:
+    """Rows of a checkpoint's embedding; all ranks call this together.
+
+    Raises SharedUserError where they can't be split over so many ranks, or are fewer than so many tokens.
+    """
+
+    def read() -> int:
+        try:
+            return embedding_rows(SavedTensors(source / TENSORS), tensor_ranks, tokens)
+        except ValueError as error:
+            raise UserError(f"{source} can't be loaded: {error}") from error
+
+    return parallel.on_leader(read, f"reading {source}")
+
+
+def _build(
+    config: TrainConfig,
+    ranks: parallel.Topology,
+    data: JobData,
+    vocab_size: int,
+    files: torch.distributed.ProcessGroup,
+) -> Job:
+    model = build_model(config, ranks, vocab_size)
     model.recompute_sublayers(config.training.activation_checkpointing == "sublayers")
     count = model.num_parameters()  # before ZeRO-3 takes the weights apart
     bundle = build_training(model, config.optimizer, config.training)
@@ -142,13 +165,13 @@ def _build(config: TrainConfig, ranks: parallel.Topology, data: JobData) -> Job:
         held_out=data.held_out,
         corpus=data.identity,
         store=CheckpointStore(
-            Path(config.run_directory) / "checkpoints",
+            Path(config.run_directory) / CHECKPOINTS,
             ranks,
             checkpoint_parts(bundle, model, ranks, config.checkpoint.memories),
             keep_last_k=config.checkpoint.keep_last_k,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
-            timeout_seconds=config.parallel.timeout_seconds,
+            group=files,
         ),
         layout=describe_layout(config, ranks),
         recorder=recorder,
@@ -170,7 +193,7 @@ def checkpoint_parts(
     name_of = getattr(model, "decoder_name", str)  # a stage of a pipeline has other names
     return {
         "slow weights": SlowWeights(EngineState(bundle.engine, model, name_of), ranks),
-        "trained tables": TableValues(bundle.tables, name_of),
+        "trained tables": TableValues(bundle.tables, name_of, ranks.replica, ranks.replicas),
         "memories": FastStates(model, ranks, memories),
         "random generators": RandomGenerators(ranks),
     }
@@ -204,14 +227,10 @@ def _no_samples_because(config: TrainConfig, ranks: parallel.Topology) -> str:
     return "a memory is spread over several replicas" if ranks.placement.replicas > 1 else ""
 
 
-def _resume_or_begin(job: Job, say: Callable[[str], None]) -> Progress:
-    run_directory = Path(job.config.run_directory)
-    if parallel.on_leader(job.store.has_any, "looking for a checkpoint"):
-        parallel.on_leader(lambda: check_same_configuration(run_directory, job.config), "comparing configurations")
-    found = resume(job, say)
-    if found is None:
+def _resume_or_begin(job: Job, source: Path | None, say: Callable[[str], None]) -> Progress:
+    if source is None:
         return Progress()
-    source, progress = found
+    progress = resume(job, source, say)
     complete = progress.step >= job.config.training.steps
     say(f"resumed from {source}, {'the final checkpoint' if complete else f'step {progress.step}'}")
     return progress
@@ -298,33 +317,6 @@ def _summarize(job: Job, progress: Progress, result: HeldOutLoss, seconds: float
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
-
-
-@contextmanager
-def _shared_scratch(ranks: parallel.Topology) -> Iterator[Path]:
-    """The job's temporary folder, shared by this machine's ranks and theirs alone."""
-    given = os.environ.get(SCRATCH_VARIABLE)
-    with ExitStack() as opened:
-        own = None
-        if given is not None:
-            opened.enter_context(hold_scratch(Path(given)))
-        elif ranks.local_rank == 0:
-            own, _ = opened.enter_context(open_scratch())
-        folders: list[Path | None] = [None] * ranks.world_size
-        torch.distributed.all_gather_object(folders, own)
-        folder = Path(given) if given else folders[ranks.rank - ranks.local_rank]
-        assert folder is not None
-        use_as_temporary_folder(folder)
-        yield folder
-        if given is None:
-            torch.distributed.barrier()  # the folder is in use until the last rank is done
-
-
-def _clean_up_after_others(scratch: Path) -> None:
-    """Remove the job's temporary folder and shared memory if the process that would have done so is dead."""
-    if SCRATCH_VARIABLE not in os.environ:
-        tempfile.tempdir = str(scratch.parent)
-        clean_abandoned()
 
 
 def _ignore(line: str) -> None:

@@ -13,7 +13,7 @@ from megatron_fwpkm.accounting import ParameterCount
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, check_batch
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.batch import Loader, TokenBatch
-from megatron_fwpkm.errors import SharedUserError, UserError
+from megatron_fwpkm.errors import RankFailedError, SharedUserError, UserError
 from megatron_fwpkm.evaluate.perplexity import HeldOutLoss, LossSum, held_out_loss
 from megatron_fwpkm.model.decoder import BlockStack
 from megatron_fwpkm.parallel.topology import Topology, agree_on_errors
@@ -93,8 +93,8 @@ def train(job: Job, progress: Progress, stop_requested: Callable[[], bool]) -> N
     try:
         _train(job, progress, stop_requested)
         job.store.finish()
-    except SharedUserError:
-        with contextlib.suppress(SharedUserError):  # one is enough
+    except (SharedUserError, RankFailedError):
+        with contextlib.suppress(SharedUserError, RankFailedError):  # one is enough
             job.store.finish()
         raise
     finally:
@@ -178,15 +178,12 @@ def save(job: Job, progress: Progress) -> Path:
     return path
 
 
-def resume(job: Job, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """Restore everything from the newest whole checkpoint; returns it, or None if there is none."""
-    found = job.store.load(say, lambda state: _check_fits(job, state))
-    if found is None:
-        return None
-    source, state = found
+def resume(job: Job, source: Path, say: Callable[[str], None]) -> Progress:
+    """Restore everything from a whole checkpoint; returns where the job then stands."""
+    state = job.store.load(source, say, lambda state: _check_fits(job, state))
     if state.data_cursor:
         agree_on_errors(lambda: job.loader.load_state_dict(state.data_cursor), f"placing the data cursor of {source}")
-    return source, Progress(
+    return Progress(
         step=state.step,
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,

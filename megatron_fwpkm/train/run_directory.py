@@ -22,6 +22,7 @@ from typing import IO, Any
 from megatron_fwpkm.config import TrainConfig, UserError, differing_keys, to_yaml
 from megatron_fwpkm.files import strict_json, write_atomically
 
+CONFIG_FILE = "config.yaml"
 CHANGEABLE_ON_RESUME = (
     "logging",
     "checkpoint",
@@ -70,7 +71,7 @@ def check_same_configuration(run_directory: Path, config: TrainConfig) -> None:
 def _read_configuration(run_directory: Path) -> dict[str, Any]:
     import yaml
 
-    path = run_directory / "config.yaml"
+    path = run_directory / CONFIG_FILE
     try:
         content = yaml.safe_load(path.read_text())
         if not isinstance(content, dict):
@@ -124,7 +125,7 @@ def check_run_directory(config: TrainConfig) -> None:
 
 def write_description(run_directory: Path, config: TrainConfig, environment: dict[str, Any]) -> None:
     """Write config.yaml and environment.json."""
-    write_atomically(run_directory / "config.yaml", to_yaml(config))
+    write_atomically(run_directory / CONFIG_FILE, to_yaml(config))
     write_atomically(run_directory / "environment.json", strict_json(environment, indent=2) + "\n")
 
 

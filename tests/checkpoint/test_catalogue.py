@@ -101,10 +101,10 @@ def test_a_state_that_changes_while_it_is_written_is_saved_as_it_was(tmp_path: P
     store = CheckpointStore(tmp_path / "checkpoints", ALONE, {"numbers": numbers}, asynchronous=True)
     held = torch.full((1000,), 1.0)
     numbers.pieces = lambda staging: {"slow/numbers": Pieces.whole(held)}  # type: ignore[method-assign]
-    store.save(state_of(10))
+    path = store.save(state_of(10))
     held.fill_(2.0)
     store.finish()
-    assert store.load(lambda line: None) is not None and numbers.value == 1.0
+    assert store.load(path, lambda line: None) == state_of(10) and numbers.value == 1.0
 
 
 def test_a_failed_save_is_told_by_the_next_call(tmp_path: Path, one_rank: None) -> None:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from megatron_fwpkm.checkpoint.folder import newest_whole
 from megatron_fwpkm.checkpoint.parts import count_memories
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
@@ -83,10 +84,10 @@ def run_leg(leg: Leg) -> dict[str, Any]:
     notes: list[str] = []
     done = 0
     if leg.come_from:
-        store = CheckpointStore(Path(leg.folder) / leg.come_from, trainer.ranks, parts)
-        loaded = store.load(notes.append)
-        assert loaded is not None
-        done = loaded[1].step
+        before = Path(leg.folder) / leg.come_from
+        source = newest_whole(before, trainer.ranks, notes.append)
+        assert source is not None
+        done = CheckpointStore(before, trainer.ranks, parts).load(source, notes.append).step
         for _ in range(done * leg.cell.accumulation):
             next(stream)
 

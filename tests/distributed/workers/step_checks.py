@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fwpkm.checkpoint.folder import newest_whole
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
-from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState
+from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, group_for_files
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.config import load_train_config
 from megatron_fwpkm.data.corpus import prepare_corpus
@@ -27,6 +28,7 @@ from megatron_fwpkm.evaluate.perplexity import held_out_loss
 from megatron_fwpkm.parallel import topology
 from megatron_fwpkm.parallel.topology import sum_over_ranks
 from megatron_fwpkm.train import job as jobs
+from megatron_fwpkm.train import joining
 from megatron_fwpkm.train.job import checkpoint_parts
 from megatron_fwpkm.train.job_data import open_data
 from megatron_fwpkm.train.loop import Job
@@ -187,13 +189,14 @@ def check_parts(job: Job) -> dict[str, object]:
     torch.distributed.barrier()
     names = sorted(path.name for path in folder.iterdir())
     said: list[str] = []
-    found = store.load(said.append)
+    source = newest_whole(folder, job.topology, said.append)
+    found = source is not None and store.load(source, said.append)
     return {
         "failed": failed,
         "names": names,
         "said": said,
         "restored": everywhere(counter.value == 10 + rank and counter.finished),
-        "same": found is not None and found[1] == state,
+        "same": found == state,
         "generators": everywhere([torch.rand(3).tolist(), random.random()] == drawn),
     }
 
@@ -213,11 +216,11 @@ def main() -> None:
     config = load_train_config(Path(sys.argv[1]))
     ranks = topology.initialize(config.parallel)
     found = {}
-    with jobs._shared_scratch(ranks) as scratch:
+    with joining._shared_scratch(ranks) as scratch:
         for name, check in CHECKS.items():
             (scratch / name).mkdir(exist_ok=True)  # the other rank makes it too
             data = open_data(config, ranks, scratch / name, lambda line: None)
-            job = jobs._build(config, ranks, data)
+            job = jobs._build(config, ranks, data, jobs._vocabulary(config, data, None), group_for_files())
             job.model.train()
             found[name] = check(job)
     topology.shut_down()
