@@ -195,6 +195,10 @@ class TinyJob:
         arguments = ["--config", str(self.config), *overrides, f"parallel.processes={processes}"]
         return self._fork(ROOT / "launch" / "train.py", arguments, processes)
 
+    def command_ranks(self, script: Path, *arguments: str, processes: int) -> str:
+        """As `train_ranks` for another command."""
+        return self._fork(script, [*arguments, f"parallel.processes={processes}"], processes)
+
     def _fork(self, script: Path, arguments: list[str], processes: int) -> str:
         """Run a script's ranks to their end; returns what they printed."""
         output = self.folder / f"{script.stem}.txt"
