@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, layout_of
 from megatron_fwpkm.checkpoint.tensors import SavedTensors
-from megatron_fwpkm.errors import UserError
+from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.parallel.topology import Topology
 from megatron_fwpkm.train.run_directory import lock_run_directory
 
@@ -117,6 +118,18 @@ def test_a_failed_save_is_told_by_the_next_call(tmp_path: Path, one_rank: None) 
         store.finish()
     assert not store.has_failed
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+
+
+def test_a_disk_that_is_too_full_is_told_before_anything_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(run / "checkpoints", ALONE, {"numbers": Numbers()}, keep_last_k=9)
+    usage = shutil.disk_usage(run)
+    enough = 2 * 1000 * 4 + (1 << 20) + 2048
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(SharedUserError, match=r"no space left .* has 1\.0 MiB free and one takes about 1\.0 MiB; free"):
+        store.save(state_of(60))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *names(run)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough))
+    assert store.save(state_of(60)).name in names(run)
 
 
 def test_checkpoints_are_found_and_chosen(run: Path) -> None:

@@ -98,7 +98,7 @@ MEMORY = "(memory of block 1)"
         ("raise", f"in the forward pass of step 3 {MEMORY}", TENSOR),
         ("raise", f"in the backward pass of step 3 {MEMORY}", (*TENSOR, "parallel.memory.sharding=columns")),
         ("raise", "writing a checkpoint", (*TENSOR, "checkpoint.asynchronous=false")),
-        ("raise", "writing a checkpoint", TENSOR),
+        ("raise", "writing a checkpoint", (*TENSOR, "checkpoint.every=20")),
     ],
 )
 def test_rank_lost_in_an_exchange_ends_all_with_the_phase(
@@ -116,6 +116,8 @@ def test_rank_lost_in_an_exchange_ends_all_with_the_phase(
         assert f"rank 1 was ended by SIGKILL (status -9), while rank 0 was {phase}; the others were stopped" in output
     else:
         assert f"rank 1 failed {phase}: ValueError: built-in fault; the others were stopped" in output, output
+    if "checkpoint.every=20" in layout:  # not at the next checkpoint only
+        assert 20 <= len(tiny_job.records()) < 40
     survivor = (tiny_job.folder / "run" / "logs" / "rank_00000.log").read_text()
     assert "ended because rank 1" in survivor and f"this rank was {phase}" in survivor, survivor
     _assert_clean(everyone)

@@ -102,7 +102,7 @@ def main() -> int:
             print(f"error: {error}", flush=True)
             return 2 if isinstance(error, UserError) else 1
     if fault == "no-estimate":  # as if another program filled the disk after it was looked at
-        store._needed_bytes = lambda pieces, world_size: 0  # type: ignore[assignment]
+        store._needed_bytes = lambda pieces, group: 0  # type: ignore[assignment]
     elif fault == "flip":
         flip_a_bit()
     elif "@" in fault:
