@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -27,14 +28,14 @@ def check_new_folder(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end of the context and is removed if that fails.
 
-    Raises UserError if something is at the target already, or it can't be written.
+    Raises UserError if something is at the target already, another process is writing it, or it can't be written.
     """
     check_new_folder(target)
     before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     partial = target.with_name(f".{target.name}.partial")
+    lock = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-        partial.mkdir(parents=True)
+        lock = _take(partial, target)
         yield partial
         sync_tree(partial)
         if target.exists():
@@ -48,9 +49,29 @@ def new_folder(target: Path) -> Iterator[Path]:
             ) from error
         raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _take(partial: Path, target: Path) -> int:
+    """Make the folder anew, for this process alone as long as the descriptor that is returned is open."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another one may have had it a moment ago, and have finished.
+        is_here = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
+    except BlockingIOError:
+        is_here = False
+    if not is_here:
+        os.close(descriptor)
+        raise UserError(f"another process is writing {target}; wait for it, or give another folder")
+    for left in partial.iterdir():  # by one that was killed
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return descriptor
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -249,6 +249,9 @@ def what_would_take_tokens_back(setting: Setting) -> None:
     assert_refused("cropped", lambda: cache.crop(-1))
     assert_refused("share", lambda: greedy(setting.load(memory_mode="shared"), ids, num_beams=2))
     assert_refused("memory_mode", lambda: setting.load(memory_mode="sharde"))
+    model.config.memory_mode = "shared"
+    assert_refused("make another cache", lambda: model(ids, past_key_values=cache))
+    assert_refused("nothing to read", lambda: model(ids[:, :0]))
 
 
 @check

@@ -249,6 +249,17 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    (tmp_path / ".x.partial" / "left").mkdir(parents=True)  # by one that was killed
+    with new_folder(target) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "file").touch()
+        with pytest.raises(UserError, match="another process is writing"), new_folder(target):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
+
+
 def true_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of memories the values times the scale, which files of other programs don't have."""
     found = {}

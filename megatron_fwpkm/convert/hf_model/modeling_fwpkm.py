@@ -453,6 +453,7 @@ class FwPKMCache:
 
     def __init__(self, config: FwPKMConfig, batch: int) -> None:
         self.config, self.batch = config, batch
+        self.modes = modes_of(config)
         self.layers = [LayerState() for _ in range(config.num_hidden_layers)]
         self.seen = 0
         self.mask_BX: Tensor | None = None
@@ -1056,9 +1057,11 @@ class FwPKMModel(FwPKMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         h_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not h_BTE.shape[0] * h_BTE.shape[1]:
+            raise ValueError(f"there is nothing to read: the tokens have shape {tuple(h_BTE.shape[:2])}")
         batch, config = h_BTE.shape[0], self.config
         cache = self.make_cache(batch) if past_key_values is None and use_cache else past_key_values
-        check_cache(cache, batch)
+        check_cache(cache, batch, config)
         frozen = config.freeze_memory if freeze_memory is None else freeze_memory
         carried = (config.carry_memory if carry_memory is None else carry_memory) and cache is None and not frozen
         if carried:
@@ -1119,14 +1122,23 @@ def check_devices(model: nn.Module) -> None:
         )
 
 
-def check_cache(cache: FwPKMCache | None, batch: int) -> None:
-    """Raise ValueError for a cache of another kind or batch."""
+def modes_of(config: FwPKMConfig) -> dict[str, str]:
+    """The settings that say what the memories of a cache are."""
+    return {"memory_mode": config.memory_mode, "cache_mode": config.cache_mode}
+
+
+def check_cache(cache: FwPKMCache | None, batch: int, config: FwPKMConfig) -> None:
+    """Raise ValueError for a cache of another kind, batch or mode."""
     if cache is None:
         return
     if not isinstance(cache, FwPKMCache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}; use make_cache(batch), or use_cache=True")
     if cache.batch != batch:
         raise ValueError(f"past_key_values has {cache.batch} streams, this call has {batch}")
+    if cache.modes != modes_of(config):
+        raise ValueError(
+            f"past_key_values was made with {cache.modes}, and the model now has {modes_of(config)}: make another cache"
+        )
 
 
 def whole_mask(given: Tensor | None, h_BTE: Tensor, cache: FwPKMCache | None) -> Tensor | None:
@@ -1297,7 +1309,7 @@ class FwPKMForCausalLM(FwPKMPreTrainedModel, GenerationMixin):
         if cache is None and (setting("use_cache") is not False or embeds is not None or carried):
             cache = self.make_cache(streams)
         if cache is not None:
-            check_cache(cache, streams)
+            check_cache(cache, streams, config)
             kwargs["past_key_values"] = cache
         result = super().generate(inputs, generation_config, *args, freeze_memory=frozen, **kwargs)
         if carried:
