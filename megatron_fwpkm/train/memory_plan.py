@@ -61,6 +61,8 @@ class RankBytes:
     """In which DeepSpeed gathers gradients and weights, and a pipeline's messages."""
     microbatches: int
     """Microbatches in flight at once."""
+    saving_copy: int = 0
+    """In the CPU's memory, beside all that: what an asynchronous save copies, and keeps room for."""
 
     def parts(self) -> dict[str, int]:
         """Bytes by category, in words."""
@@ -162,8 +164,13 @@ def _stage_bytes(
     written = sum(_written_bytes(config, reads, accumulation, flight) for reads in trace.memory_reads)
     if config.model.memory.reset == "carry":
         written += trace.subkey_bytes  # as they were at the start of the step
+    # Fp32 weights and moments: replicas have a share each, or take turns tensor by tensor. An embedding that is also
+    # the head's is the first stage's to save.
+    numbers = sum(size for name, size in trace.parameters if stage == 0 or not name.startswith("embedding."))
+    saved_tables = sum(rows * (columns * (_FP32 + _MOMENTS) + _ROW_CLOCKS) for rows, columns in trace.table_rows)
     return RankBytes(
         stage=stage,
+        saving_copy=-(-((_FP32 + _MOMENTS) * numbers + saved_tables) // replicas) + trace.fast_bytes,
         parameters=weights.parameters,
         gradients=weights.gradients + round(table_gradients),
         optimizer=weights.optimizer,

@@ -172,6 +172,7 @@ def test_dry_run_command_starts_and_writes_nothing(tmp_path: Path) -> None:
         "FwPKMLayer",
         "ZeRO-1 over 2 replicas",
         "rows kept by memories",
+        "Beside all that, a save copies",
         "replica 1",
         "FLOP in all",
     ):

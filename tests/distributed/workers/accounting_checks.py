@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fwpkm_kernels import ProductKeyTopk, product_key_topk
+from megatron_fwpkm.checkpoint.pieces import Staging
 from megatron_fwpkm.config import TrainConfig
 from megatron_fwpkm.data.batch import TokenBatch
 from megatron_fwpkm.memory import addressing, fwpkm_layer, pkm_layer
@@ -379,6 +380,11 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         watch_step(stack, engine, kept, config.training.gradient_accumulation, look_at_gradients, at_boundary)
         stepper.run(2, 1e-4, lambda: False)
     found["memory rows"], found["activations"], found["touched"] = kept.rows.bytes, kept.others.bytes, kept.touched
+    found["saving copy"] = sum(
+        pieces.num_bytes
+        for part in job.checkpoint_parts(bundle, model, ranks).values()
+        for pieces in part.pieces(Staging()).values()
+    )
     engine.destroy()
     return found
 
