@@ -239,7 +239,7 @@ def _memory_remarks(config: TrainConfig, plan: Plan) -> Iterator[str]:
     yield f"Delta nets count with the kernels {kernels}. Temporaries of the backward pass are in none of the numbers."
     if config.checkpoint.asynchronous:
         most = max(stage.saving_copy for stage in plan.memory.stages)
-        yield f"Beside all that, a save copies {readable_bytes(most)} a process into the CPU's memory and keeps the room."
+        yield f"Beside all that, a save copies {readable_bytes(most)} a process to the CPU's memory and keeps the room."
     longest = plan.memory.longest_sequence
     if plan.device_memory is None or longest is None:
         return
