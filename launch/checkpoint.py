@@ -61,8 +61,8 @@ def reshard(
     from megatron_fwpkm.checkpoint.catalogue import choose_checkpoint
     from megatron_fwpkm.parallel.topology import started_by_launcher
     from megatron_fwpkm.train.launcher import ending_with_a_status, start_processes
+    from megatron_fwpkm.train.reshard import RESHARDING, reshard_config
     from megatron_fwpkm.train.reshard import reshard as reshard_as_rank
-    from megatron_fwpkm.train.reshard import reshard_config
 
     with ending_with_a_status():
         source = choose_checkpoint(run, checkpoint)
@@ -70,7 +70,7 @@ def reshard(
         if started_by_launcher():
             reshard_as_rank(config, source)
             return
-        raise typer.Exit(start_processes(["--", *sys.argv], config.parallel.processes, out))
+        raise typer.Exit(start_processes(["--", *sys.argv], config.parallel.processes, out, RESHARDING))
 
 
 if __name__ == "__main__":

@@ -42,12 +42,10 @@ class EngineState:
         self._engine = engine
         self._optimizer = engine.optimizer
         self._parameters = {name_of(name): p for name, p in model.named_parameters() if p.requires_grad}
-        if hasattr(self._optimizer, "fp32_partitioned_groups_flat"):
-            self._run_of: Callable[[nn.Parameter], Run | None] = self._run_of_stage_3
-        elif any(hasattr(parameter, "_hp_mapping") for parameter in self._parameters.values()):
-            self._run_of = self._run_of_flat_partition
-        else:
-            self._run_of = self._run_of_whole
+        by_stage: list[Callable[[nn.Parameter], Run | None]] = [
+            *(self._run_of_whole, self._run_of_flat_partition, self._run_of_flat_partition, self._run_of_stage_3)
+        ]
+        self._run_of = by_stage[engine.zero_optimization_stage()]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -38,8 +38,6 @@ BY_SLOT = ".by_slot"
 WEIGHTS = "slow/"
 _STEPS = "optimizer_steps"
 _EMBEDDING = WEIGHTS + "embedding.weight"
-_PORTION_BYTES = 1 << 26
-"""Of a table on another device, copied at once."""
 
 
 class CheckpointPart(Protocol):
@@ -75,8 +73,9 @@ class SlowWeights:
             found[WEIGHTS + name] = self._of_run(parameter, run.weight, run.start)
             for moment, values in run.moments.items():
                 found[f"{moment}/{name}"] = self._of_run(parameter, values, run.start)
+        steps = self._state.steps()
         if place.is_leader:  # one number for all
-            found[_STEPS] = Pieces.whole(torch.tensor(self._state.steps()))
+            found[_STEPS] = Pieces.whole(torch.tensor(steps))
         return found
 
     def load(self, source: SavedTensors) -> list[str]:
@@ -136,11 +135,8 @@ class SlotRows:
         ordered = staging.buffer(name, (len(rows), *table.shape[1:]), table.dtype)
         if table.device == ordered.device:
             torch.index_select(table.detach(), 0, rows, out=ordered)
-        else:  # in portions: a whole table more may be more than the device has left
-            row_bytes = table[:1].numel() * table.element_size()
-            portion = max(1, _PORTION_BYTES // max(row_bytes, 1))
-            for some, target in zip(rows.split(portion), ordered.split(portion), strict=True):
-                target.copy_(table.detach().index_select(0, some))
+        else:
+            copy_in_portions(table.detach(), rows, ordered)
         return self._pieces(ordered, owned=True)
 
     def read(self, source: SavedTensors, name: str, like: Tensor) -> Tensor:
@@ -158,6 +154,13 @@ class SlotRows:
             pieces.append(([start, *first], ordered[place : place + stop - start]))
             place += stop - start
         return Pieces(shape, ordered.dtype, pieces, owned=owned)
+
+
+def copy_in_portions(table: Tensor, rows: Tensor, target: Tensor, most_bytes: int = 1 << 26) -> None:
+    """Copy rows of a table on a device: on it, a whole table more may be more than is left."""
+    portion = max(1, most_bytes // max(table[:1].nbytes, 1))
+    for some, part in zip(rows.split(portion), target.split(portion), strict=True):
+        part.copy_(table.index_select(0, some))
 
 
 class TableValues:

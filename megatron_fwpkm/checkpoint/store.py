@@ -218,12 +218,12 @@ class CheckpointStore:
         self.finish()
         target = checkpoint_path(self._folder, state.step)
         with PHASE.during("preparing a checkpoint"):
-            if on_leader(lambda: self._is_there(target), "preparing a checkpoint"):
-                on_leader(lambda: self._committed(target), "writing a checkpoint")
+            if on_leader(lambda: self._is_there(target), "preparing a checkpoint", self._group):
+                on_leader(lambda: self._committed(target), "writing a checkpoint", self._group)
                 return target
-            pieces = agree_on_errors(self._pieces, "preparing a checkpoint")
+            pieces = agree_on_errors(self._pieces, "preparing a checkpoint", self._group)
             needed = _needed_bytes(pieces, self._group)
-            on_leader(lambda: make_room(target, needed), "preparing a checkpoint")
+            on_leader(lambda: make_room(target, needed), "preparing a checkpoint", self._group)
         pause = time.perf_counter() - started
 
         def write() -> SaveReport:
@@ -279,7 +279,7 @@ class CheckpointStore:
         `check` looks at that before anything is taken over; `say` gets what it and the parts, on whatever rank, have to
         tell. Raises SharedUserError if the checkpoint does not fit this job.
         """
-        state, own = agree_on_errors(lambda: self._read(source, check), f"loading {source}")
+        state, own = agree_on_errors(lambda: self._read(source, check), f"loading {source}", self._group)
         for part in self._parts.values():
             part.finish_loading()
         notes = [own] * self._topology.world_size

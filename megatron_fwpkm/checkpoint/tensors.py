@@ -8,7 +8,6 @@ and know parameters only.)
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,32 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.futures import Future
 
+from megatron_fwpkm.checkpoint.index import read_index
 from megatron_fwpkm.checkpoint.pieces import Pieces
-
-INDEX_FILE = ".metadata"
-"""What is where in the other files: a pickle, as that library has it."""
-_IN_AN_INDEX = {
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
-        *("StorageMeta", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {
-        "Size",
-        *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
-    },
-    "pathlib": {"PosixPath"},
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Makes what an index is made of and nothing else: a pickle may name any function, to be called as it is read."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _IN_AN_INDEX.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is in no index of tensors")
-        return super().find_class(module, name)
 
 
 class _SavePlanner(library.DefaultSavePlanner):
@@ -88,12 +63,15 @@ class _Reader(library.FileSystemReader):
             try:
                 with open(path, "rb") as file:
                     stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
-            except Exception as error:  # as of the index
+                boxes = [[slice(a, a + n) for a, n in zip(i.storage_offsets, i.lengths, strict=True)] for i in wanted]
+                found = [stored[tuple(box)] for box in boxes]
+            except Exception as error:  # damaged files raise errors of any kind
                 raise ValueError(f"cannot read {path}: {error}") from error
-            for item in wanted:
-                box = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
+            for item, values in zip(wanted, found, strict=True):
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(stored[box])
+                if values.shape != target.shape or values.dtype != target.dtype:
+                    raise ValueError(f"cannot read {path}: it has another tensor than the index says")
+                target.copy_(values)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -106,8 +84,9 @@ _PLAIN: Any = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 def save_tensors(folder: Path, pieces: Mapping[str, Pieces], group: dist.ProcessGroup | None = None) -> None:
     """Write what the ranks of a group have together: every rank calls this, and one of those that have a box writes it.
 
-    Without a group and outside of one this process has everything. Nothing is forced to the disk. Raises, on all
-    ranks, the first error of any; ValueError when the boxes of a tensor don't make up the whole.
+    Without a group and outside of one this process has everything. Nothing is forced to the disk. Raises on each rank
+    its own error, on no other, so that all must then agree; ValueError, on the first, when the boxes of a tensor don't
+    make up the whole.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, as meant
@@ -123,14 +102,10 @@ def save_tensors(folder: Path, pieces: Mapping[str, Pieces], group: dist.Process
                 no_dist=not dist.is_initialized(),
             )
         except library.CheckpointException as error:
-            raise _first_error(error) from error
-
-
-def _first_error(error: library.CheckpointException) -> Exception:
-    """The error of the first rank that had one."""
-    failures: Mapping[int, Any] = error.failures
-    cause = failures[min(failures)][0]
-    return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
+            failures: Mapping[int, Any] = error.failures
+            own = failures.get(dist.get_rank(group) if dist.is_initialized() else 0)
+            if own is not None:
+                raise (own[0] if isinstance(own[0], Exception) else RuntimeError(str(own[0]))) from error
 
 
 @dataclass(frozen=True)
@@ -153,27 +128,12 @@ class SavedTensors:
 
     @cached_property
     def _metadata(self) -> Metadata:
-        path = self._folder / INDEX_FILE
-        try:
-            with open(path, "rb") as file:
-                metadata = _IndexUnpickler(file).load()
-            if not isinstance(metadata, Metadata):
-                raise ValueError("it is no index")
-        except Exception as error:  # damaged pickles raise errors of any kind
-            raise ValueError(f"cannot read {path}: {error}") from error
-        outside = [name for name in self._files_of(metadata) if Path(name).name != name]
-        if outside:
-            raise ValueError(f"cannot read {path}: it names {outside[0]}, which is not beside it")
-        return metadata
-
-    @staticmethod
-    def _files_of(metadata: Metadata) -> set[str]:
-        return {place.relative_path for place in (metadata.storage_data or {}).values()}
+        return read_index(self._folder)
 
     @property
     def files(self) -> set[str]:
         """Names of the files that have the tensors."""
-        return self._files_of(self._metadata)
+        return {place.relative_path for place in (self._metadata.storage_data or {}).values()}
 
     @cached_property
     def descriptions(self) -> dict[str, TensorDescription]:

@@ -68,7 +68,7 @@ def _run(config: TrainConfig, joined: Joined, started: float) -> None:
     notes: list[str] = []
     files = group_for_files(config.checkpoint.timeout_seconds)
     source = _find_checkpoint(config, ranks, files, notes.append)
-    job = _build(config, ranks, data, _vocabulary(config, data, source), files)
+    job = _build(config, ranks, data, _vocabulary(config, data, source, files), files)
     progress = _resume_or_begin(job, source, notes.append)
     reason = _no_samples_because(config, ranks)
     if reason and config.logging.samples:
@@ -115,15 +115,15 @@ def _find_checkpoint(
     return newest_whole(folder, ranks, say, files)
 
 
-def _vocabulary(config: TrainConfig, data: JobData, source: Path | None) -> int:
+def _vocabulary(config: TrainConfig, data: JobData, source: Path | None, files: torch.distributed.ProcessGroup) -> int:
     """Rows of the embedding: those of the checkpoint, where there is one."""
     if source is None:
         return padded_vocabulary(data.vocab_size, config.parallel.tensor)
-    return vocabulary_of(source, config.parallel.tensor, data.vocab_size)
+    return vocabulary_of(source, config.parallel.tensor, files, data.vocab_size)
 
 
-def vocabulary_of(source: Path, tensor_ranks: int, tokens: int = 0) -> int:
-    """Rows of a checkpoint's embedding; all ranks call this together.
+def vocabulary_of(source: Path, tensor_ranks: int, files: torch.distributed.ProcessGroup, tokens: int = 0) -> int:
+    """Rows of a checkpoint's embedding; all ranks call this together, and wait for it in the group for files.
 
     Raises SharedUserError where they can't be split over so many ranks, or are fewer than so many tokens.
     """
@@ -134,7 +134,7 @@ def vocabulary_of(source: Path, tensor_ranks: int, tokens: int = 0) -> int:
         except ValueError as error:
             raise UserError(f"{source} can't be loaded: {error}") from error
 
-    return parallel.on_leader(read, f"reading {source}")
+    return parallel.on_leader(read, f"reading {source}", files)
 
 
 def _build(

@@ -23,7 +23,7 @@ from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.train.launcher import report_failure
 from megatron_fwpkm.train.layout import check_processes
 from megatron_fwpkm.train.logs import RankLog
-from megatron_fwpkm.train.peers import PeerWatch
+from megatron_fwpkm.train.peers import TRAINING, PeerWatch, Wording
 from megatron_fwpkm.train.run_directory import lock_run_directory
 from megatron_fwpkm.train.stop import StopRequest, end_with_parent
 
@@ -39,7 +39,7 @@ class Joined:
 
 
 @contextmanager
-def joined_job(config: TrainConfig) -> Iterator[Joined]:
+def joined_job(config: TrainConfig, wording: Wording = TRAINING) -> Iterator[Joined]:
     """Take part in the job of a configuration, which has config.run_directory for itself meanwhile.
 
     Raises UserError for what the user can mend, and SystemExit with a status above 0, the reason said and logged, when
@@ -59,7 +59,9 @@ def joined_job(config: TrainConfig) -> Iterator[Joined]:
         open_things.enter_context(run_lock)
         log = RankLog(run_directory, ranks.rank, ranks.world_size)
         parallel.agree_on_errors(lambda: open_things.enter_context(log), "opening the logs")
-        watch = PeerWatch(ranks, run_directory, report_failure, lambda: _clean_up_after_others(scratch))
+        watch = PeerWatch(
+            ranks, run_directory, report_failure, lambda: _clean_up_after_others(scratch), wording=wording
+        )
         open_things.enter_context(watch)
         with watch.reporting(log):
             yield Joined(ranks, scratch, stop)

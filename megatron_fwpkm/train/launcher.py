@@ -19,7 +19,15 @@ from megatron_fwpkm.data.scratch import SCRATCH_VARIABLE, clean_abandoned, is_he
 from megatron_fwpkm.errors import JobFailedError, SharedUserError, UserError
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train import agent
-from megatron_fwpkm.train.peers import EXIT_BECAUSE_OF_ANOTHER, GONE, Failure, connect_to_launcher, describe_failure
+from megatron_fwpkm.train.peers import (
+    EXIT_BECAUSE_OF_ANOTHER,
+    GONE,
+    TRAINING,
+    Failure,
+    Wording,
+    connect_to_launcher,
+    describe_failure,
+)
 from megatron_fwpkm.train.stop import SAME_REQUEST_SECONDS, STOP_FILE_VARIABLE, end_with_parent
 
 ORDERLY_STOP_SECONDS = 120
@@ -30,7 +38,7 @@ _EXITS_FILE = "exits.json"
 _MESSAGE_FILES = (_USER_ERROR_FILE, _FAILURE_FILE, _EXITS_FILE)
 
 
-def start_processes(script: Sequence[str], processes: int, run_directory: Path) -> int:
+def start_processes(script: Sequence[str], processes: int, run_directory: Path, wording: Wording = TRAINING) -> int:
     """Run `script` (path and arguments) in so many processes under torch.distributed.run; returns the exit status.
 
     SIGTERM and SIGINT ask the processes, by a file, to stop after their current step; a second one ends them. The
@@ -39,12 +47,12 @@ def start_processes(script: Sequence[str], processes: int, run_directory: Path) 
     the processes failed or was killed.
     """
     try:
-        return _run(script, processes, run_directory)
+        return _run(script, processes, run_directory, wording)
     finally:
         clean_abandoned()
 
 
-def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
+def _run(script: Sequence[str], processes: int, run_directory: Path, wording: Wording) -> int:
     cores = len(os.sched_getaffinity(0))
     with open_scratch() as (scratch, lock):
         _reserve_messages(scratch)
@@ -76,7 +84,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
             elif child.poll() is None:
                 asked.append(time.monotonic())
                 stop_file.touch()
-                print_line(f"{signal.Signals(number).name}: stopping after this step; once more to end at once")
+                print_line(f"{signal.Signals(number).name}: stopping {wording.stopping}; once more to end at once")
 
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -85,7 +93,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path) -> int:
             if message := agent.read_message(scratch / _USER_ERROR_FILE):
                 raise UserError(message)
             if status != 0 and not ended_at_once:
-                raise JobFailedError(_describe_exits(scratch, run_directory, status))
+                raise JobFailedError(_describe_exits(scratch, run_directory, status, wording))
             return status if status >= 0 else 128 - status  # as a shell says it
         finally:
             for number, handler in previous.items():
@@ -121,7 +129,7 @@ def _reserve_messages(scratch: Path) -> None:
         ) from error
 
 
-def _describe_exits(scratch: Path, run_directory: Path, status: int) -> str:
+def _describe_exits(scratch: Path, run_directory: Path, status: int, wording: Wording) -> str:
     """Which rank ended a job, and how: what a survivor found out, and the exit status that only the parent learns."""
     told, listed = (agent.read_message(scratch / name) for name in (_FAILURE_FILE, _EXITS_FILE))
     if not listed:
@@ -137,7 +145,7 @@ def _describe_exits(scratch: Path, run_directory: Path, status: int) -> str:
     found = f"rank {first['rank']} {GONE}"
     if found in told:
         return told.replace(found, f"rank {first['rank']} {how}")
-    return describe_failure(Failure(first["rank"], how), run_directory)
+    return describe_failure(Failure(first["rank"], how), run_directory, wording)
 
 
 def _kill_tree(pid: int) -> None:

@@ -52,12 +52,25 @@ class Failure:
     """Of a rank that left no reason: which rank noticed, and what it was doing, "rank 0 was ..."."""
 
 
-def describe_failure(failure: Failure, run_directory: Path) -> str:
+@dataclass(frozen=True)
+class Wording:
+    """What messages say about a kind of job."""
+
+    stopping: str = "after this step"
+    """When a job stops that is asked to."""
+    afterwards: str = "The same command goes on from the newest checkpoint"
+    """What to do about a failed one."""
+
+
+TRAINING = Wording()
+
+
+def describe_failure(failure: Failure, run_directory: Path, wording: Wording = TRAINING) -> str:
     """The one message about a failed job."""
     noticed = f", while {failure.noticed}" if failure.noticed else ""
     return (
         f"rank {failure.rank} {failure.reason}{noticed}; the others were stopped. See "
-        f"{rank_log_path(run_directory, failure.rank)}. The same command goes on from the newest checkpoint"
+        f"{rank_log_path(run_directory, failure.rank)}. {wording.afterwards}"
     )
 
 
@@ -75,12 +88,14 @@ class PeerWatch:
         clean: Callable[[], None],
         *,
         grace_seconds: float = GRACE_SECONDS,
+        wording: Wording = TRAINING,
     ) -> None:
         self._ranks = ranks
         self._run_directory = run_directory
         self._announce = announce
         self._clean = clean
         self._grace_seconds = grace_seconds
+        self._wording = wording
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
         self._descriptors: dict[int, int] = {}
@@ -163,7 +178,7 @@ class PeerWatch:
 
     def _tell(self, failure: Failure) -> None:
         if self._ask(lambda: self._store.add("told", 1), 1) == 1:
-            self._announce(describe_failure(failure, self._run_directory))
+            self._announce(describe_failure(failure, self._run_directory, self._wording))
 
     def _watch(self) -> None:
         while not self._stopping.is_set():

@@ -18,6 +18,7 @@ from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train.engine import build_training
 from megatron_fwpkm.train.job import build_model, checkpoint_parts, describe_layout, vocabulary_of
 from megatron_fwpkm.train.joining import Joined, joined_job
+from megatron_fwpkm.train.peers import Wording
 from megatron_fwpkm.train.run_directory import CONFIG_FILE
 
 CHANGEABLE = (
@@ -26,6 +27,10 @@ CHANGEABLE = (
     "training.micro_batch_size=",
     "training.gradient_accumulation=",
     "checkpoint.",
+)
+
+RESHARDING = Wording(
+    stopping="unless it is writing already", afterwards="Nothing is there half done: start the same command again"
 )
 
 
@@ -37,6 +42,8 @@ def reshard_config(run: Path, out: Path, overrides: Sequence[str]) -> TrainConfi
     path = run / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run} holds no run (it has no config.yaml); give the run directory of a training run")
+    if out.resolve().is_relative_to((run / CHECKPOINTS).resolve()):
+        raise UserError(f"{out} is among the checkpoints of {run}; give another directory to write to")
     if (out / CONFIG_FILE).exists():
         raise UserError(f"{out} holds a run already; give another directory to write to")
     if checkpoints_in(out / CHECKPOINTS):
@@ -57,7 +64,7 @@ def reshard(config: TrainConfig, source: Path) -> None:
     Asked to stop before it has begun to write, it writes nothing. Raises SharedUserError if the checkpoint is damaged
     or does not fit the layout.
     """
-    with joined_job(config) as joined:
+    with joined_job(config, RESHARDING) as joined:
         _reshard(config, source, joined)
 
 
@@ -67,7 +74,7 @@ def _reshard(config: TrainConfig, source: Path, joined: Joined) -> None:
     files = group_for_files(config.checkpoint.timeout_seconds)
     say(f"reading {source}")
     check_whole(source, ranks, files)
-    model = build_model(config, ranks, vocabulary_of(source, ranks.tensor_ranks))
+    model = build_model(config, ranks, vocabulary_of(source, ranks.tensor_ranks, files))
     bundle = build_training(model, config.optimizer, config.training)
     parts = checkpoint_parts(bundle, model, ranks, config.checkpoint.memories)
     store = CheckpointStore(out / CHECKPOINTS, ranks, parts, group=files)
@@ -77,9 +84,12 @@ def _reshard(config: TrainConfig, source: Path, joined: Joined) -> None:
         say(note)
     if any(stopped for stopped in _everywhere(joined.stop.is_set(), ranks)):
         raise SharedUserError(f"stopped as asked; nothing is written to {out}")
+    # Named last, as a configuration without a checkpoint would train from the beginning; written before: then the disk
+    # can't be too full for it.
+    written = out / f".{CONFIG_FILE}.partial"
+    parallel.on_leader(lambda: write_atomically(written, to_yaml(config)), f"writing to {out}")
     store.save(replace(state, layout=layout))
-    # Last: a configuration without a checkpoint would train from the beginning.
-    parallel.on_leader(lambda: write_atomically(out / CONFIG_FILE, to_yaml(config)), f"writing to {out}")
+    parallel.on_leader(lambda: written.rename(out / CONFIG_FILE), f"writing to {out}")
     for report in store.take_reports():
         say(str(report))
 

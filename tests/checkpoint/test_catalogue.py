@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed
 
+from megatron_fwpkm.checkpoint import files, folder
 from megatron_fwpkm.checkpoint.catalogue import choose_checkpoint, describe, find_checkpoints, prune, verify
 from megatron_fwpkm.checkpoint.files import JOB_FILE, MANIFEST_FILE
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
@@ -130,6 +131,59 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_written(run: Path, m
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *names(run)]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough))
     assert store.save(state_of(60)).name in names(run)
+
+
+def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as one process can tell: what was forced to the disk, and when."""
+    done: list[str] = []
+    forced = lambda path: done.append(str(path.relative_to(tmp_path)).replace(".step_00000010.partial", "it"))  # noqa: E731
+    renamed = folder.rename
+
+    def rename(before: Path, after: Path) -> None:
+        done.append("renamed")
+        renamed(before, after)
+
+    monkeypatch.setattr(files, "sync_path", forced)
+    monkeypatch.setattr(folder, "sync_path", forced)
+    monkeypatch.setattr(folder, "rename", rename)
+    CheckpointStore(tmp_path / "checkpoints", ALONE, {"numbers": Numbers()}).save(state_of(10))
+    last = done.index("renamed")
+    content = {"it/job.json", "it/tensors/.metadata", "it/tensors/__0_0.distcp", "it/tensors", "it"}
+    assert {name.removeprefix("checkpoints/") for name in done[:last]} >= content - {"it"}
+    assert done[last + 1] == "checkpoints"
+
+
+def test_a_checkpoint_that_is_there_is_pointed_at(run: Path) -> None:
+    """Killed between the two, a job makes the same step again, and saves it again."""
+    latest = run / "checkpoints" / "latest"
+    latest.write_text("step_00000040\n")
+    content = (run / "checkpoints" / "step_00000050" / MANIFEST_FILE).read_bytes()
+    store = CheckpointStore(run / "checkpoints", ALONE, {"numbers": Numbers()}, keep_last_k=2)
+    store.save(state_of(50))
+    assert latest.read_text() == "step_00000050\n" and names(run) == ["step_00000040", "step_00000050"]
+    assert (run / "checkpoints" / "step_00000050" / MANIFEST_FILE).read_bytes() == content
+
+
+def test_the_newest_whole_one_is_found(run: Path, tmp_path: Path) -> None:
+    place, said = run / "checkpoints", list[str]()
+    assert folder.newest_whole(place, ALONE, said.append) == place / "step_00000050" and said == []
+    flip(next((place / "step_00000050").rglob("*.distcp")))
+    (place / "step_00000040" / MANIFEST_FILE).unlink()
+    (place / "damaged_step_00000050").mkdir()
+    assert folder.newest_whole(place, ALONE, said.append) == place / "step_00000030"
+    assert (place / "latest").read_text() == "step_00000030\n"
+    assert "renamed to damaged_step_00000050.2, going on from step_00000030" in said[0]
+    assert "step_00000040 is damaged (manifest.json is missing): renamed to damaged_step_00000040" in said[1]
+    assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]
+    assert folder.newest_whole(tmp_path / "none", ALONE, said.append) is None
+    for path in place.glob("step_*"):
+        (path / JOB_FILE).unlink()
+    with pytest.raises(
+        SharedUserError, match=r"no checkpoint in .* is whole: step_00000030 \(job\.json is missing\); "
+    ):
+        folder.newest_whole(place, ALONE, said.append)
 
 
 def test_checkpoints_are_found_and_chosen(run: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fwpkm.checkpoint.parts import SlotRows
+from megatron_fwpkm.checkpoint.parts import SlotRows, copy_in_portions
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging, boxes_of_run
 from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 from megatron_fwpkm.memory.routing import owned_slots
@@ -128,3 +128,13 @@ def test_copies_stay_as_they_were() -> None:
     assert again.tensors[0].data_ptr() == copy.tensors[0].data_ptr()  # of the save before
     assert view.copied("b", staging).tensors[0].data_ptr() != again.tensors[0].data_ptr()
     assert copy.num_bytes == copy.whole_bytes == 16
+
+
+@pytest.mark.parametrize("most_bytes", [1, 24, 100, 1 << 26])
+@pytest.mark.parametrize("shape", [(10, 3), (10,)])
+def test_rows_copied_in_portions(shape: tuple[int, ...], most_bytes: int) -> None:
+    """As from another device, which these tests have not."""
+    table, rows = torch.randn(shape), torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    target = torch.empty(len(rows), *shape[1:])
+    copy_in_portions(table, rows, target, most_bytes)
+    assert torch.equal(target, table[rows])

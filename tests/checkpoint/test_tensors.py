@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import os
 import pickle
-from pathlib import Path
+import sys
+from collections.abc import Callable
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as library
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_fwpkm.checkpoint.index import INDEX_FILE
 from megatron_fwpkm.checkpoint.parts import embedding_rows
 from megatron_fwpkm.checkpoint.pieces import Pieces
-from megatron_fwpkm.checkpoint.tensors import INDEX_FILE, SavedTensors, save_tensors
+from megatron_fwpkm.checkpoint.tensors import SavedTensors, save_tensors
 
 
 @pytest.fixture
@@ -49,11 +57,98 @@ def test_no_index_runs_code(folder: Path) -> None:
     assert not trace.exists()
 
 
-def test_an_index_names_its_own_folder_only(folder: Path) -> None:
-    index = (folder / INDEX_FILE).read_bytes()
-    (folder / INDEX_FILE).write_bytes(index.replace(b"__0_0.distcp", b"../../distcp"))
-    with pytest.raises(ValueError, match=r"it names \.\./\.\./distcp, which is not beside it"):
-        SavedTensors(folder).whole("torch.uint8")
+@pytest.mark.parametrize("name", ["pathlib PosixPath", "torch Size", "torch float32", "builtins getattr"])
+def test_no_index_changes_what_it_names(folder: Path, name: str) -> None:
+    """A pickle may set attributes of what it names, classes among them."""
+    before, genuine = dict(vars(PosixPath)), (folder / INDEX_FILE).read_bytes()
+    # Name it, give it a state of nothing and of one attribute, drop it; then what was there.
+    module, attribute = name.split()
+    change = f"c{module}\n{attribute}\n(N(dV__truediv__\nI1\nstb0".encode()
+    (folder / INDEX_FILE).write_bytes(genuine[:2] + change + genuine[2:])
+    with contextlib.suppress(ValueError):
+        _ = SavedTensors(folder).descriptions
+    assert dict(vars(PosixPath)) == before and Path("a") / "b" == Path("a/b")
+    assert not hasattr(torch.Size, "__truediv__")
+
+
+# As pathlib has it from Python 3.13 on.
+_LocalPath = type("PosixPath", (), {"__module__": "pathlib._local", "__init__": lambda self, *parts: None})
+
+
+class _OtherPythons(pickle.Pickler):
+    """Writes an index as other versions of Python do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, enum.Enum):  # by name
+            return getattr, (type(value), value.name)
+        if isinstance(value, PosixPath):
+            return _LocalPath, value.parts
+        return NotImplemented
+
+
+def test_an_index_of_another_python_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = SavedTensors(folder).descriptions
+    monkeypatch.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=_LocalPath))
+    content = library.FileSystemReader(folder).read_metadata()
+    with open(folder / INDEX_FILE, "wb") as file:
+        _OtherPythons(file).dump(content)
+    written = (folder / INDEX_FILE).read_bytes()
+    assert b"getattr" in written and b"pathlib._local" in written
+    assert SavedTensors(folder).descriptions == wanted
+    assert SavedTensors(folder).whole("torch.uint8").dtype == torch.uint8
+
+
+def _changed(folder: Path, change: Callable[[Any], object]) -> SavedTensors:
+    """The folder with another index: the library's own, changed."""
+    content = library.FileSystemReader(folder).read_metadata()
+    change(content)
+    (folder / INDEX_FILE).write_bytes(pickle.dumps(content))
+    return SavedTensors(folder)
+
+
+def _place(content: Any) -> Any:
+    return content.storage_data[MetadataIndex("torch.uint8", torch.Size([0]))]
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a file elsewhere": (
+        lambda c: setattr(_place(c), "relative_path", "../x"),
+        r"it names \.\./x, which is not beside it",
+    ),
+    "no name": (lambda c: setattr(_place(c), "relative_path", 5), "5 stands where a str should be"),
+    "places of another kind": (lambda c: setattr(c, "storage_data", [1]), "'list' object has no attribute"),
+    "no places": (lambda c: c.storage_data.clear(), "it doesn't tell where .* is"),
+    "no tensors": (lambda c: setattr(c, "state_dict_metadata", [1]), "'list' object has no attribute"),
+    "another entry": (lambda c: c.state_dict_metadata.update(a=7), "should have a TensorStorageMetadata"),
+    "no size": (lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", "4"), "stands where a tuple should be"),
+    "another size": (
+        lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", torch.Size([5])),
+        "it has 4 of the 5 elements of torch.uint8",
+    ),
+    "a part outside": (
+        lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", torch.Size([3])),
+        "a part of torch.uint8 is outside of it",
+    ),
+    "no parts": (lambda c: c.state_dict_metadata["torch.uint8"].chunks.clear(), "it has 0 of the 4 elements"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_index_that_is_none_is_refused(folder: Path, name: str) -> None:
+    change, words = CHANGES[name]
+    source = _changed(folder, change)
+    with pytest.raises(ValueError, match=rf"cannot read .*/\.metadata: .*{words}"):
+        source.whole("torch.uint8")
+
+
+def test_a_file_with_other_tensors_than_the_index_says_is_refused(folder: Path) -> None:
+    def shorten(content: Any) -> None:
+        entry = content.state_dict_metadata["torch.uint8"]
+        entry.size = torch.Size([9])
+        entry.chunks[0].sizes = torch.Size([9])
+
+    with pytest.raises(ValueError, match="it has another tensor than the index says"):
+        _changed(folder, shorten).whole("torch.uint8")
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "another pickle"])

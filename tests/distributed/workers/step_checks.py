@@ -220,7 +220,8 @@ def main() -> None:
         for name, check in CHECKS.items():
             (scratch / name).mkdir(exist_ok=True)  # the other rank makes it too
             data = open_data(config, ranks, scratch / name, lambda line: None)
-            job = jobs._build(config, ranks, data, jobs._vocabulary(config, data, None), group_for_files())
+            files = group_for_files()
+            job = jobs._build(config, ranks, data, jobs._vocabulary(config, data, None, files), files)
             job.model.train()
             found[name] = check(job)
     topology.shut_down()
