@@ -70,6 +70,7 @@ def test_further_parts_are_saved_and_a_failed_one_leaves_nothing_half(found: dic
         "failed": "1: failed while preparing a checkpoint: OSError: can't read the device",
         "names": ["latest", "step_00000001"],
         "said": ["counted to 10", "counted to 11"],
+        "needed": True,
         "restored": True,
         "same": True,
         "generators": True,

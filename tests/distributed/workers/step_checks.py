@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fwpkm.checkpoint import store as stores
 from megatron_fwpkm.checkpoint.folder import newest_whole
 from megatron_fwpkm.checkpoint.pieces import Pieces, Staging
 from megatron_fwpkm.checkpoint.store import CheckpointStore, JobState, group_for_files
@@ -179,6 +180,8 @@ def check_parts(job: Job) -> dict[str, object]:
     state = JobState(1, 512, 0, None, [], job.loader.state_dict(), job.corpus, job.layout)
     store.save(state)
     store.finish()
+    own = {f"{rank}": Pieces.whole(torch.zeros(1000 * (rank + 1)))}  # 4 and 8 kB
+    needed = stores._needed_bytes(own, group_for_files()) - (1 << 20) - 2 * stores._ENTRY_BYTES
     drawn = [torch.rand(3).tolist(), random.random()]
     counter.value, counter.broken = 0, rank == 1
     failed = ""
@@ -192,6 +195,7 @@ def check_parts(job: Job) -> dict[str, object]:
     source = newest_whole(folder, job.topology, said.append)
     found = source is not None and store.load(source, said.append)
     return {
+        "needed": everywhere(needed == 12000),
         "failed": failed,
         "names": names,
         "said": said,
