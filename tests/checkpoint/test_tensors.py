@@ -88,8 +88,8 @@ class _OtherPythons(pickle.Pickler):
 
 def test_an_index_of_another_python_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = SavedTensors(folder).descriptions
-    monkeypatch.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=_LocalPath))
     content = library.FileSystemReader(folder).read_metadata()
+    monkeypatch.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=_LocalPath))
     with open(folder / INDEX_FILE, "wb") as file:
         _OtherPythons(file).dump(content)
     written = (folder / INDEX_FILE).read_bytes()
