@@ -93,9 +93,13 @@ def describe(checkpoint: Path) -> Description:
 
 
 def describe_tensors(checkpoint: Path) -> list[Group]:
-    """The tensors of a whole checkpoint by the first word of their names."""
+    """The tensors of a whole checkpoint by the first word of their names. Raises UserError if they can't be read."""
     groups: dict[str, list[tuple[int, int]]] = {}
-    for name, tensor in SavedTensors(checkpoint / TENSORS).descriptions.items():
+    try:
+        descriptions = SavedTensors(checkpoint / TENSORS).descriptions
+    except ValueError as error:
+        raise UserError(f"{error}; `launch/checkpoint.py verify` tells what is damaged") from error
+    for name, tensor in descriptions.items():
         numbers = tensor.shape.numel()
         groups.setdefault(name.split("/")[0], []).append((numbers, numbers * tensor.dtype.itemsize))
     return [
