@@ -248,10 +248,10 @@ def test_commands_show_what_there_is_and_what_is_damaged(run: Path) -> None:
     assert "1,000" in content and "data sample: 100" in content
     assert command("verify", str(run)).count(": whole") == 5
     index = newest / "tensors" / ".metadata"
-    content = index.read_bytes()
-    index.write_bytes(content.replace(b"StorageMeta", b"storageMeta"))
+    genuine = index.read_bytes()
+    index.write_bytes(genuine.replace(b"StorageMeta", b"storageMeta"))
     assert "storageMetadata, which is in no index of tensors" in command("inspect", str(newest), expected=2)
-    index.write_bytes(content)
+    index.write_bytes(genuine)
     flip(next(newest.rglob("*.distcp")))
     told = command("verify", str(run), expected=1)
     assert told.count(": whole") == 4 and "step_00000050: damaged: the content of" in told
