@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from megatron_fwpkm.checkpoint.tensors import SavedTensors
 from megatron_fwpkm.errors import SharedUserError, UserError
 from megatron_fwpkm.parallel.topology import Topology
 from megatron_fwpkm.train.run_directory import lock_run_directory
+from tests.commands import run_command
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, replica=0, replicas=1)
-COMMAND = Path(__file__).parents[2] / "launch" / "checkpoint.py"
 
 
 class Numbers:
@@ -70,12 +68,7 @@ def names(run: Path) -> list[str]:
 
 
 def command(*arguments: str, expected: int = 0) -> str:
-    finished = subprocess.run(
-        [sys.executable, str(COMMAND), *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    output = finished.stdout + finished.stderr
-    assert finished.returncode == expected and "Traceback" not in output, output
-    return output
+    return run_command("checkpoint", *arguments, expected=expected)
 
 
 def flip(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -13,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from megatron_fwpkm.checkpoint.store import read_state
 from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
@@ -38,6 +35,7 @@ from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import DecoderConfig, YarnConfig
 from megatron_fwpkm.parallel.backend import TorchBackend
 from tests.checkpoints import differing, whole_tensors
+from tests.commands import run_command
 from tests.exports import error_of_case, load_exported
 
 ROOT = Path(__file__).parents[2]
@@ -55,17 +53,8 @@ data: {sequence_length: 64}
 
 
 def convert(*arguments: str | Path, expected: int = 0) -> str:
-    """Run the command; returns what it printed."""
-    spec = importlib.util.spec_from_file_location("convert_command", ROOT / "launch" / "convert.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app: typer.Typer = module.app
-    result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    output = result.output
-    assert result.exit_code == expected, output
-    assert "Traceback" not in output
-    return " ".join(output.split())
+    """Run the command; returns the words that it printed."""
+    return " ".join(run_command("convert", *arguments, expected=expected).split())
 
 
 def write_run(folder: Path, memories: int = 1) -> Decoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from megatron_fwpkm.convert.golden import is_model_case, replay_model_case
 from megatron_fwpkm.convert.official_config import OfficialConfigError, decoder_config
@@ -22,6 +19,7 @@ from megatron_fwpkm.memory.golden import GoldenCaseError
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.model.settings import YarnConfig
 from megatron_fwpkm.parallel.backend import TorchBackend
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted((ROOT / "tests" / "golden_model").glob("*.json"))
@@ -141,17 +139,6 @@ def test_a_wrong_or_additional_array_fails(tmp_path: Path) -> None:
         replay_model_case(changed)
 
 
-def run_verify(*arguments: str) -> Any:
-    """launch/verify.py in this process."""
-    script = importlib.util.spec_from_file_location("verify", ROOT / "launch" / "verify.py")
-    assert script is not None and script.loader is not None
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
-    return CliRunner().invoke(app, list(arguments))
-
-
 def test_verify_command(tmp_path: Path) -> None:
     """Both kinds of case in one call; exit 1 when a model case is wrong, 2 when it can't be read."""
     layer = next((ROOT / "tests" / "golden").glob("11_*.json"))
@@ -161,15 +148,14 @@ def test_verify_command(tmp_path: Path) -> None:
     for path in (layer, layer.with_suffix(".npz")):
         shutil.copy(path, mixed)
     copy_case(CASES[2], mixed)
-    passed = run_verify("--cases", str(mixed), "--dtype", "float64")
-    assert passed.exit_code == 0, passed.output
-    assert "memory layer, float64" in passed.output and "whole models, float64" in passed.output
-    assert "2 cases, 0 arrays out of tolerance" in passed.output
+    passed = run_command("verify", "--cases", mixed, "--dtype", "float64")
+    assert "memory layer, float64" in passed and "whole models, float64" in passed
+    assert "2 cases, 0 arrays out of tolerance" in passed
     copied = copy_case(CASES[2], wrong, logits=np.zeros((1, 26, 61)))
-    failed = run_verify("--cases", str(mixed), "--cases", str(wrong), "--dtype", "float64")
-    assert failed.exit_code == 1 and "FAILED" in failed.output and "3 cases, 1 arrays" in failed.output
+    failed = run_command("verify", "--cases", mixed, "--cases", wrong, "--dtype", "float64", expected=1)
+    assert "FAILED" in failed and "3 cases, 1 arrays" in failed
     copied.write_text("{")
-    assert run_verify("--cases", str(wrong)).exit_code == 2
+    run_command("verify", "--cases", wrong, expected=2)
 
 
 def test_kinds_of_case() -> None:
