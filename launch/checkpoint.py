@@ -66,7 +66,7 @@ def reshard(
 
     with ending_with_a_status():
         source = choose_checkpoint(run, checkpoint)
-        config = reshard_config(run, out, overrides or [])
+        config = reshard_config(run, out, overrides or [], source)
         if started_by_launcher():
             reshard_as_rank(config, source)
             return

@@ -2,7 +2,8 @@
 
 The index is a pickle: data, and instructions that call whatever they name. Here every name stands for a blank of this
 module, made anew for each reading, that keeps what it is given; any other name is refused. Then the library's own
-objects are made of what the blanks have, if that is an index.
+objects are made of what the blanks have, if that is an index. So none can run code or change this program; one that was
+made to can still take much time and memory, or overflow the stack.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class _IndexUnpickler(pickle.Unpickler):
         try:
             return self._blanks[module, name]
         except KeyError:
-            raise ValueError(f"it names {module}.{name}, which is in no index of tensors") from None
+            raise ValueError(f"it names {f'{module}.{name}'!r}, which is in no index of tensors") from None
 
 
 def read_index(folder: Path) -> Metadata:
@@ -96,13 +97,13 @@ def _as_metadata(found: Any) -> Metadata:
         at, place = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
         name = _is(str, place["relative_path"])
         if Path(name).name != name:
-            raise ValueError(f"it names {name}, which is not beside it")
+            raise ValueError(f"it names {name!r}, which is not beside it")
         index = MetadataIndex(_is(str, at["fqn"]), _size(at["offset"]), at["index"])
         places[index] = _StorageInfo(name, _is(int, place["offset"]), _is(int, place["length"]))
     for name, tensor in tensors.items():
         for number, chunk in enumerate(tensor.chunks):
             if MetadataIndex(name, chunk.offsets, number) not in places:
-                raise ValueError(f"it doesn't tell where {name} is")
+                raise ValueError(f"it doesn't tell where {name!r} is")
     return Metadata(tensors, storage_data=places)  # type: ignore[arg-type]
 
 
@@ -115,12 +116,28 @@ def _tensor(name: str, entry: Any) -> TensorStorageMetadata:
         offsets, sizes = _size(chunk["offsets"]), _size(chunk["sizes"])
         ends = [start + length for start, length in zip(offsets, sizes, strict=True)]
         if any(end > whole for end, whole in zip(ends, size, strict=True)):
-            raise ValueError(f"a part of {name} is outside of it")
+            raise ValueError(f"a part of {name!r} is outside of it")
         chunks.append(ChunkStorageMetadata(offsets, sizes))
     there = sum(math.prod(chunk.sizes) for chunk in chunks)
-    if there != math.prod(size):
-        raise ValueError(f"it has {there} of the {math.prod(size)} elements of {name}")
+    if there != math.prod(size) or _overlap(chunks):
+        raise ValueError(f"its parts of {name!r} don't make up the whole")
+    if there * dtype.itemsize >= 1 << 62:
+        raise ValueError(f"{name!r} is larger than any memory")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+
+
+def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether two parts have an element in common."""
+    active: list[tuple[int, ChunkStorageMetadata]] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[:1]):
+        begin, length = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
+        active = [(end, other) for end, other in active if end > begin]
+        for _, other in active:
+            places = zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes, strict=True)
+            if all(a < b + n and b < a + m for a, m, b, n in places):
+                return True
+        active.append((begin + length, chunk))
+    return False
 
 
 def _fields(found: Any, kind: str) -> dict[str, Any]:
@@ -132,11 +149,11 @@ def _fields(found: Any, kind: str) -> dict[str, Any]:
 def _size(found: Any) -> torch.Size:
     numbers = _is(tuple, found)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{numbers} is no size")
+        raise ValueError("it has a size that is none")
     return torch.Size(numbers)
 
 
 def _is(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"{value!r} stands where a {kind.__name__} should be")
+        raise ValueError(f"it has a {type(value).__name__} where a {kind.__name__} should be")
     return value

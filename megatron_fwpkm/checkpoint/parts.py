@@ -99,7 +99,7 @@ class SlowWeights:
                         run.weight.copy_(weight[run.start : run.start + run.weight.numel()])
         if not trained:
             return ["the checkpoint has weights and memories alone: the optimizer begins anew"]
-        self._state.set_steps(int(source.whole(_STEPS)))
+        self._state.set_steps(int(source.number(_STEPS)))
         return []
 
     def finish_loading(self) -> None:
@@ -203,7 +203,7 @@ class TableValues:
             trained = _CLOCK_NOW + name in source.descriptions
             kinds = {key: tensor for key, tensor in _TABLE.items() if trained or key == WEIGHTS}
             read = {tensor: rows.read(source, f"{key}{name}{BY_SLOT}", state[tensor]) for key, tensor in kinds.items()}
-            clock = float(source.whole(_CLOCK_NOW + name)) if trained else state["clock"]
+            clock = source.number(_CLOCK_NOW + name) if trained else state["clock"]
             table.load_state_dict({**state, **read, "clock": clock})
         return []
 
@@ -321,7 +321,7 @@ def _read_memory(state: FastState, name: str, source: SavedTensors, rows: SlotRo
     keys = torch.empty_like(state.keys_H2nd, device="cpu")
     source.read({f"{name}/keys": Pieces.whole(keys)})
     table = rows.read(source, f"{name}/values{BY_SLOT}", state.table_ND)
-    return _Memory(keys, table, float(source.whole(f"{name}/scale")), int(source.whole(f"{name}/version")))
+    return _Memory(keys, table, source.number(f"{name}/scale"), int(source.number(f"{name}/version")))
 
 
 def _rows_of(state: FastState, rank: int, ranks: int) -> SlotRows:

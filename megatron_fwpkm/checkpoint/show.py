@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_fwpkm.checkpoint.catalogue import (
@@ -51,7 +52,7 @@ def _show_content(one: Description, console: Console) -> None:
         return
     table = Table("tensors", "number", "numbers in them", "MiB")
     for group in describe_tensors(one.path):
-        table.add_row(group.name, f"{group.tensors:,}", f"{group.numbers:,}", f"{group.num_bytes / 2**20:,.1f}")
+        table.add_row(escape(group.name), f"{group.tensors:,}", f"{group.numbers:,}", f"{group.num_bytes / 2**20:,.1f}")
     console.print(table)
     if one.state is not None:
         for name, value in one.state.data_cursor.items():

@@ -63,16 +63,16 @@ class _Reader(library.FileSystemReader):
             try:
                 with open(path, "rb") as file:
                     stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
-                boxes = [[slice(a, a + n) for a, n in zip(i.storage_offsets, i.lengths, strict=True)] for i in wanted]
-                found = [stored[tuple(box)] for box in boxes]
+                for item in wanted:
+                    lengths = zip(item.storage_offsets, item.lengths, strict=True)
+                    values = stored[tuple(slice(begin, begin + length) for begin, length in lengths)]
+                    target = planner.resolve_tensor(item).detach()
+                    if values.shape != target.shape or values.dtype != target.dtype:
+                        raise ValueError("it has another tensor than the index says")
+                    target.copy_(values)
+                    planner.commit_tensor(item, target)
             except Exception as error:  # damaged files raise errors of any kind
                 raise ValueError(f"cannot read {path}: {error}") from error
-            for item, values in zip(wanted, found, strict=True):
-                target = planner.resolve_tensor(item).detach()
-                if values.shape != target.shape or values.dtype != target.dtype:
-                    raise ValueError(f"cannot read {path}: it has another tensor than the index says")
-                target.copy_(values)
-                planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -119,8 +119,7 @@ class TensorDescription:
 class SavedTensors:
     """The tensors in a folder. Reading is each process's own affair: no call waits for another rank.
 
-    No file can make reading it run code, be it as damaged or as hostile as it may. Every method raises ValueError when
-    the folder can't be read.
+    No file can make reading it run code. Every method raises ValueError when the folder can't be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -164,9 +163,19 @@ class SavedTensors:
 
     def read_like(self, name: str, like: Tensor) -> Tensor:
         """One whole tensor, which must have that shape and dtype. Raises ValueError if it is not so."""
-        tensor = torch.empty(like.shape, dtype=like.dtype)
+        try:
+            tensor = torch.empty(like.shape, dtype=like.dtype)
+        except RuntimeError as error:
+            raise ValueError(f"{name} takes {like.nbytes:,} bytes: {error}") from error
         self.read({name: Pieces.whole(tensor)})
         return tensor
+
+    def number(self, name: str) -> float:
+        """A tensor of one number. Raises ValueError if it is none."""
+        tensor = self.whole(name)
+        if tensor.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} instead of one number")
+        return tensor.item()
 
     def whole(self, name: str) -> Tensor:
         """One whole tensor. Raises ValueError if there is none of that name."""

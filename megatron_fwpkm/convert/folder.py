@@ -33,14 +33,17 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_new_folder(target)
     before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     partial = target.with_name(f".{target.name}.partial")
-    lock = None
+    lock, is_begun = None, False
     try:
         lock = _take(partial, target)
+        is_begun = True
+        check_new_folder(target)  # another process may have finished meanwhile
         yield partial
         sync_tree(partial)
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
+        is_begun = False  # what has that name from here on is somebody else's
         sync_path(target.parent)
     except OSError as error:
         if is_no_space(error):
@@ -49,8 +52,9 @@ def new_folder(target: Path) -> Iterator[Path]:
             ) from error
         raise UserError(f"cannot write {target}: {error.strerror or error}; give another folder") from error
     finally:
-        if lock is not None:
+        if is_begun:
             shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
             os.close(lock)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -58,19 +62,24 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def _take(partial: Path, target: Path) -> int:
     """Make the folder anew, for this process alone as long as the descriptor that is returned is open."""
+    if partial.is_symlink():
+        raise UserError(f"{partial} is a link; delete it, or give another folder")
     partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another one may have had it a moment ago, and have finished.
-        is_here = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
-    except BlockingIOError:
-        is_here = False
-    if not is_here:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another one may have had it a moment ago, and have finished.
+            is_here = os.path.lexists(partial) and os.path.samestat(os.fstat(descriptor), os.lstat(partial))
+        except BlockingIOError:
+            is_here = False
+        if not is_here:
+            raise UserError(f"another process is writing {target}; wait for it, or give another folder")
+        for left in partial.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except BaseException:
         os.close(descriptor)
-        raise UserError(f"another process is writing {target}; wait for it, or give another folder")
-    for left in partial.iterdir():  # by one that was killed
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        raise
     return descriptor
 
 

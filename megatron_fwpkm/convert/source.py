@@ -49,7 +49,7 @@ def model_of_run(place: Path, checkpoint: str | None = None, memory: int = 0) ->
     directory = source.parent.parent
     config = read_run_config(directory, ())
     run = open_run(directory, config, source.name)
-    there = count_memories(SavedTensors(source / TENSORS))
+    there = count_run_memories(run)
     if config.model.memory_layers and not 0 <= memory < there:
         raise UserError(f"{source} has no memory {memory}: {there} were written on their own, from 0 on")
     backend = TorchBackend(config.model.initial_std, config.model.norm_epsilon)
@@ -61,8 +61,11 @@ def model_of_run(place: Path, checkpoint: str | None = None, memory: int = 0) ->
 
 
 def count_run_memories(run: TrainedRun) -> int:
-    """Memories of each layer that a run's checkpoint has."""
-    return count_memories(SavedTensors(run.checkpoint / TENSORS))
+    """Memories of each layer that a run's checkpoint has. Raises UserError if it can't be read."""
+    try:
+        return count_memories(SavedTensors(run.checkpoint / TENSORS))
+    except ValueError as error:
+        raise UserError(f"{run.checkpoint} can't be loaded: {error}") from error
 
 
 def model_of_files(weights: Path, config: Mapping[str, Any]) -> WholeModel:

@@ -275,7 +275,7 @@ def _describe_failure(error: Exception, what: str) -> tuple[bool, str]:
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return True, (
             f"no space left on the disk while {what}{where}; free some and start the same command again: checkpoints "
-            f"are whole or not there, and it goes on from the newest"
+            f"are whole or not there, and training goes on from the newest"
         )
     return False, f"{type(error).__name__}: {error}"
 

@@ -89,7 +89,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path, wording: Wo
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             status = child.wait()
-            _wait_for_processes(lock, ended_at_once)
+            _wait_for_processes(lock, ended_at_once, wording)
             if message := agent.read_message(scratch / _USER_ERROR_FILE):
                 raise UserError(message)
             if status != 0 and not ended_at_once:
@@ -103,7 +103,7 @@ def _run(script: Sequence[str], processes: int, run_directory: Path, wording: Wo
                 child.wait()
 
 
-def _wait_for_processes(lock: int, ended_at_once: list[bool]) -> None:
+def _wait_for_processes(lock: int, ended_at_once: list[bool], wording: Wording) -> None:
     """Keep the temporary folder while processes use it: they outlive torch's launcher if that was killed.
 
     Its death has told them to save and stop, see end_with_parent.
@@ -112,7 +112,7 @@ def _wait_for_processes(lock: int, ended_at_once: list[bool]) -> None:
     said = False
     while is_held_by_others(lock) and not ended_at_once and time.monotonic() < deadline:
         if not said:
-            print_line("the launcher of the processes is gone; they stop after this step")
+            print_line(f"the launcher of the processes is gone; they stop {wording.stopping}")
             said = True
         time.sleep(0.1)
 

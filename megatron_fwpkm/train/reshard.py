@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch.distributed
 
-from megatron_fwpkm.checkpoint.folder import CHECKPOINTS, check_whole, checkpoints_in
+from megatron_fwpkm.checkpoint.folder import CHECKPOINTS, check_whole, checkpoints_in, is_checkpoint_name
 from megatron_fwpkm.checkpoint.store import CheckpointStore, check_batch, group_for_files
 from megatron_fwpkm.config import TrainConfig, load_train_config, to_yaml
 from megatron_fwpkm.errors import SharedUserError, UserError
-from megatron_fwpkm.files import write_atomically
+from megatron_fwpkm.files import sync_path, write_atomically
 from megatron_fwpkm.parallel import topology as parallel
 from megatron_fwpkm.terminal import print_line
 from megatron_fwpkm.train.engine import build_training
@@ -29,33 +29,49 @@ CHANGEABLE = (
     "checkpoint.",
 )
 
-RESHARDING = Wording(
-    stopping="unless it is writing already", afterwards="Nothing is there half done: start the same command again"
-)
+RESHARDING = Wording(stopping="unless it is writing already", afterwards="Start the same command again")
+_BEGUN = f".{CONFIG_FILE}.partial"
 
 
-def reshard_config(run: Path, out: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run's configuration in the new layout, for the directory `out`.
+def reshard_config(run: Path, out: Path, overrides: Sequence[str], source: Path) -> TrainConfig:
+    """The run's configuration in the new layout, for the directory `out` and a checkpoint of the run.
 
-    Raises UserError if the folder holds no run, `out` holds one, or an override changes more than the layout.
+    Raises UserError if the folder holds no run, `out` holds one or what another such command has begun, or an override
+    changes more than the layout.
     """
     path = run / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run} holds no run (it has no config.yaml); give the run directory of a training run")
-    if out.resolve().is_relative_to((run / CHECKPOINTS).resolve()):
-        raise UserError(f"{out} is among the checkpoints of {run}; give another directory to write to")
+    if any(is_checkpoint_name(place.name) or _is_of_a_run(place) for place in (out.resolve(), *out.resolve().parents)):
+        raise UserError(f"{out} is among the checkpoints of a run; give another directory to write to")
     if (out / CONFIG_FILE).exists():
         raise UserError(f"{out} holds a run already; give another directory to write to")
-    if checkpoints_in(out / CHECKPOINTS):
-        raise UserError(
-            f"{out} has a checkpoint and no {CONFIG_FILE}: a command that was killed has left it so; delete {out}, or "
-            "give another directory to write to"
-        )
     wrong = [text for text in overrides if not text.startswith(CHANGEABLE)]
     if wrong:
         allowed = ", ".join(key.rstrip("=") for key in CHANGEABLE)
         raise UserError(f"override {wrong[0]!r}: resharding can change {allowed} only")
-    return load_train_config(path, [*overrides, f"run_directory={out}"])
+    config = load_train_config(path, [*overrides, f"run_directory={out}"])
+    if checkpoints_in(out / CHECKPOINTS) and _read_begun(out) != _content(config, source):
+        raise UserError(
+            f"{out} has a checkpoint and no {CONFIG_FILE}: another command was killed there; delete {out}, or give "
+            "another directory to write to"
+        )
+    return config
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    return folder.name == CHECKPOINTS and (folder.parent / CONFIG_FILE).exists()
+
+
+def _content(config: TrainConfig, source: Path) -> str:
+    """Of config.yaml."""
+    return f"# Resharded from {source.resolve()}\n{to_yaml(config)}"
+
+
+def _read_begun(out: Path) -> str:
+    """What a command that did not come to its end has written."""
+    begun = out / _BEGUN
+    return begun.read_text() if begun.is_file() else ""
 
 
 def reshard(config: TrainConfig, source: Path) -> None:
@@ -83,15 +99,19 @@ def _reshard(config: TrainConfig, source: Path, joined: Joined) -> None:
     for note in parallel.agree_on_errors(lambda: check_batch(state.layout, layout), "comparing batches"):
         say(note)
     if any(stopped for stopped in _everywhere(joined.stop.is_set(), ranks)):
-        raise SharedUserError(f"stopped as asked; nothing is written to {out}")
-    # Named last, as a configuration without a checkpoint would train from the beginning; written before: then the disk
-    # can't be too full for it.
-    written = out / f".{CONFIG_FILE}.partial"
-    parallel.on_leader(lambda: write_atomically(written, to_yaml(config)), f"writing to {out}")
+        raise SharedUserError(f"stopped as asked; no checkpoint is written to {out}")
+    # Named last, as a configuration without a checkpoint would train from the beginning; written before: by it the same
+    # command goes on with what it has left, and the disk can't be too full for it.
+    parallel.on_leader(lambda: write_atomically(out / _BEGUN, _content(config, source)), f"writing to {out}")
     store.save(replace(state, layout=layout))
-    parallel.on_leader(lambda: written.rename(out / CONFIG_FILE), f"writing to {out}")
+    parallel.on_leader(lambda: _finish(out), f"writing to {out}")
     for report in store.take_reports():
         say(str(report))
+
+
+def _finish(out: Path) -> None:
+    (out / _BEGUN).rename(out / CONFIG_FILE)
+    sync_path(out)
 
 
 def _everywhere(own: bool, ranks: parallel.Topology) -> list[bool]:

@@ -96,7 +96,7 @@ class CheckpointConfig(Section):
     """What becomes of memories that replicas write each on their own, where a checkpoint has another number of them:
     "keep": memory i goes on with memory i modulo the number there; "first": all with the first; "average": all with
     the mean of all; "reset": all begin anew; null: the job ends with an error."""
-    timeout_seconds: float = Field(default=1800.0, gt=0.0)
+    timeout_seconds: int = Field(default=1800, ge=10, le=30 * 24 * 3600)
     """Longest wait of one rank for another that reads or writes its share of the files."""
 
     @model_validator(mode="after")

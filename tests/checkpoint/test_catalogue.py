@@ -243,7 +243,7 @@ def test_commands_show_what_there_is_and_what_is_damaged(run: Path) -> None:
     index = newest / "tensors" / ".metadata"
     genuine = index.read_bytes()
     index.write_bytes(genuine.replace(b"StorageMeta", b"storageMeta"))
-    assert "storageMetadata, which is in no index of tensors" in command("inspect", str(newest), expected=2)
+    assert "storageMetadata', which is in no index of tensors" in command("inspect", str(newest), expected=2)
     index.write_bytes(genuine)
     flip(next(newest.rglob("*.distcp")))
     told = command("verify", str(run), expected=1)

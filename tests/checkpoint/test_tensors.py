@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as library
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_fwpkm.checkpoint.index import INDEX_FILE
 from megatron_fwpkm.checkpoint.parts import embedding_rows
@@ -52,7 +52,7 @@ def test_no_index_runs_code(folder: Path) -> None:
     assert trace.exists()
     trace.unlink()
     (folder / INDEX_FILE).write_bytes(index)
-    with pytest.raises(ValueError, match=r"cannot read .*/\.metadata: it names \S+\.system, which is in no index"):
+    with pytest.raises(ValueError, match=r"cannot read .*/\.metadata: it names '\S+\.system', which is in no index"):
         _ = SavedTensors(folder).descriptions
     assert not trace.exists()
 
@@ -106,6 +106,13 @@ def _changed(folder: Path, change: Callable[[Any], object]) -> SavedTensors:
     return SavedTensors(folder)
 
 
+def _twice(content: Any) -> None:
+    """The first half of a tensor two times, and no second."""
+    entry = content.state_dict_metadata["torch.uint8"]
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+    entry.chunks[:] = [chunk, chunk]
+
+
 def _place(content: Any) -> Any:
     return content.storage_data[MetadataIndex("torch.uint8", torch.Size([0]))]
 
@@ -113,23 +120,27 @@ def _place(content: Any) -> Any:
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a file elsewhere": (
         lambda c: setattr(_place(c), "relative_path", "../x"),
-        r"it names \.\./x, which is not beside it",
+        r"it names '\.\./x', which is not beside it",
     ),
-    "no name": (lambda c: setattr(_place(c), "relative_path", 5), "5 stands where a str should be"),
+    "no name": (lambda c: setattr(_place(c), "relative_path", 5), "it has a int where a str should be"),
     "places of another kind": (lambda c: setattr(c, "storage_data", [1]), "'list' object has no attribute"),
     "no places": (lambda c: c.storage_data.clear(), "it doesn't tell where .* is"),
     "no tensors": (lambda c: setattr(c, "state_dict_metadata", [1]), "'list' object has no attribute"),
     "another entry": (lambda c: c.state_dict_metadata.update(a=7), "should have a TensorStorageMetadata"),
-    "no size": (lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", "4"), "stands where a tuple should be"),
+    "no size": (
+        lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", "4"),
+        "it has a str where a tuple should be",
+    ),
     "another size": (
         lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", torch.Size([5])),
-        "it has 4 of the 5 elements of torch.uint8",
+        "its parts of .torch.uint8. don't make up the whole",
     ),
     "a part outside": (
         lambda c: setattr(c.state_dict_metadata["torch.uint8"], "size", torch.Size([3])),
-        "a part of torch.uint8 is outside of it",
+        "a part of .torch.uint8. is outside of it",
     ),
-    "no parts": (lambda c: c.state_dict_metadata["torch.uint8"].chunks.clear(), "it has 0 of the 4 elements"),
+    "a part twice": (_twice, "its parts of .* make up the whole"),
+    "no parts": (lambda c: c.state_dict_metadata["torch.uint8"].chunks.clear(), "its parts of .* make up the whole"),
 }
 
 

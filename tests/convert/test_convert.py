@@ -247,6 +247,10 @@ def test_a_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another process is writing"), new_folder(target):
             pass
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
+    (tmp_path / ".y.partial").symlink_to(target)
+    with pytest.raises(UserError, match="is a link"), new_folder(tmp_path / "y"):
+        pass
+    assert (target / "file").exists()
 
 
 def true_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

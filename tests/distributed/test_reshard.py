@@ -21,7 +21,7 @@ from megatron_fwpkm.convert.weight_files import write_weights
 from megatron_fwpkm.errors import UserError
 from megatron_fwpkm.model.decoder import Decoder
 from megatron_fwpkm.parallel.backend import TorchBackend
-from megatron_fwpkm.train.reshard import reshard_config
+from megatron_fwpkm.train.reshard import _content, reshard_config
 from tests.checkpoints import differing, whole_tensors
 
 if TYPE_CHECKING:
@@ -123,13 +123,23 @@ def test_layouts_in_bfloat16_change_no_bit(tiny_job: TinyJob) -> None:
 def test_what_cannot_be_written_is_refused(tiny_job: TinyJob, trained: TinyJob) -> None:
     before, out = tiny_job.folder / "run", tiny_job.folder / "out"
     tiny_job.begin_from(trained, 3)
+    source = checkpoint(before)
     with pytest.raises(UserError, match=r"'model\.layers=3': resharding can change parallel\., "):
-        reshard_config(before, out, ["model.layers=3"])
+        reshard_config(before, out, ["model.layers=3"], source)
     with pytest.raises(UserError, match="holds a run already"):
-        reshard_config(before, before, [])
+        reshard_config(before, before, [], source)
+    for place in (before / "checkpoints", checkpoint(before), checkpoint(before) / "out", checkpoint(out)):
+        with pytest.raises(UserError, match="is among the checkpoints of a run"):
+            reshard_config(before, place, [], source)
     shutil.copytree(checkpoint(before), checkpoint(out))
-    with pytest.raises(UserError, match=f"a command that was killed has left it so; delete {out}"):
-        reshard_config(before, out, [])
+    with pytest.raises(UserError, match=f"another command was killed there; delete {out}"):
+        reshard_config(before, out, [], source)
+    begun = out / ".config.yaml.partial"  # killed before its last step
+    begun.write_text(_content(load_train_config(before / "config.yaml", [f"run_directory={out}"]), source))
+    assert reshard_config(before, out, [], source).run_directory == str(out)
+    tiny_job.command_ranks(COMMAND, "reshard", str(before), str(out), processes=2)
+    assert (out / "config.yaml").read_text().startswith(f"# Resharded from {source}") and not begun.exists()
+    assert reshard_config(out, tiny_job.folder / "next", [], checkpoint(out)).name == "tiny"
     shutil.rmtree(out)
     (file,) = checkpoint(before).glob("tensors/__1_*.distcp")
     content = bytearray(file.read_bytes())
