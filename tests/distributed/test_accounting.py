@@ -51,8 +51,11 @@ def test_every_category_is_as_measured(tiny_job: TinyJob, processes: int) -> Non
                 limit = 0.01 if category in EXACT else 0.1
                 if max(size, measured[category]) > large and abs(size - measured[category]) > limit * size:
                     errors[name, rank, category] = (size, measured[category])
-            # Replicas take turns with whole tensors under ZeRO-0, and flat partitions end in padding.
-            limit = 0.5 if config.training.zero_stage == 0 and config.parallel.tensor == 1 else 0.03
+            # Replicas have even shares but where they take turns with whole tensors (ZeRO-0), or where a shared
+            # embedding, which the first stage saves, is in the flat partition of one of the last.
+            limit = {1: 0.03, 2: 0.1}[config.parallel.pipeline]
+            if config.training.zero_stage == 0 and config.parallel.tensor * config.parallel.pipeline < processes:
+                limit = 0.5
             if abs(stage.saving_copy - measured["saving copy"]) > limit * stage.saving_copy:
                 errors[name, rank, "saving copy"] = (stage.saving_copy, measured["saving copy"])
             if config.parallel.pipeline == 1 and measured["buffers"]:  # without the weights that ZeRO-3 gathers
