@@ -186,9 +186,7 @@ class _Case:
             return BFLOAT16_TOLERANCE
         if self.dtype == torch.float64:
             return FLOAT64_TOLERANCE
-        # That of the slots' weights was not recorded: they follow the sub-keys, which writes have moved.
-        source = "keys_final" if name.startswith("scores") else name
-        recorded = self.description["official_float32_rel_err"].get(source, 0.0)
+        recorded = self.description["official_float32_rel_err"].get(name, 0.0)
         return max(4 * recorded, FLOAT32_FLOOR)
 
     def compare(self, name: str, found: Tensor | None) -> None:
