@@ -73,6 +73,7 @@ class _Ranking:
     """Ranking values from one batched product, and what is needed to judge their rounding.
 
     For idw the value is <q, k> - |k|^2 / 2, which ranks as the score does: the logarithm is taken of the chosen only.
+    The squares are float64, so that a distance made of all three has only the product's rounding.
     """
 
     value_GXn: Tensor
@@ -88,19 +89,24 @@ class _Ranking:
 
 
 def _rank(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> _Ranking:
-    query_square = query_GXd.square().sum(-1, keepdim=True)
-    key_square = keys_Gnd.square().sum(-1)
+    query_square = _squares(query_GXd).unsqueeze(-1)
+    key_square = _squares(keys_Gnd)
     if score_type == "dot_product":
         value = torch.bmm(query_GXd, keys_Gnd.transpose(1, 2))
     else:
-        value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
+        value = torch.baddbmm(key_square.mul(-0.5).to(keys_Gnd.dtype).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
     return _Ranking(value, query_square, key_square, score_type)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared lengths of rows, float64."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
 
 
 def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) -> Tensor:
     if score_type == "dot_product":
         return value.double()
-    return -torch.log((query_square - 2 * value).clamp_min(0).double().add(IDW_EPSILON))
+    return -torch.log((query_square - 2 * value.double()).clamp_min(0).add(IDW_EPSILON))
 
 
 def _explicit_scores(query: Tensor, keys: Tensor, score_type: str) -> Tensor:
@@ -138,7 +144,7 @@ def _undecided(value: Tensor, score: Tensor, sums: Tensor, error: Tensor, rankin
         return ~((sorted_values[..., :-1] - sorted_values[..., 1:]) > bound).all(-1)
 
     sub_narrow = narrow(value, torch.maximum(error[..., :-1], error[..., 1:]))
-    score_error = error.double().amax(-1, keepdim=True)
+    score_error = error.amax(-1, keepdim=True)
     if ranking.score_type == "idw":
         # d score / d value = 2 exp(score), largest for the best sub-key. The error of |q|^2 is common to all
         # sub-keys: only differences of the slope let it through.

@@ -158,10 +158,11 @@ def plan_subkeys(top: ProductKeyTopk, n_subkeys: int) -> SubkeyPlan:
 
 
 def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
-    """[G * n]: sums of one number for each pair, by sub-key. (bincount on CPU adds in order.)"""
+    """[G * n] float64: sums of one number for each pair, by sub-key. (bincount on CPU adds in order.)"""
     rows = plan.segments.offsets.numel() - 1
+    value_GXK = value_GXK.double()
     if value_GXK.device.type == "cpu":
-        return torch.bincount(plan.index_GXK.reshape(-1), value_GXK.reshape(-1), minlength=rows).to(value_GXK.dtype)
+        return torch.bincount(plan.index_GXK.reshape(-1), value_GXK.reshape(-1), minlength=rows).double()
     ones = value_GXK.new_ones(value_GXK.shape[0] * value_GXK.shape[1], 1)
     return scatter_weighted_add(plan.segments, ones, value_GXK.reshape(-1, value_GXK.shape[-1])).squeeze(1)
 
@@ -169,11 +170,12 @@ def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
 class Usage:
     """Mean use of the sub-keys, and the addressing loss with its gradients (semantics A.8).
 
+    All of it is float64, and only the gradients are rounded to the scores' dtype: near uniform use the shares and the
+    logarithms of their means differ in few digits, and there are few of them.
+
     Attributes:
         share_GXK: softmax of the top-k sub-scores of each query
-        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half; float64, like all that is
-            made of it per sub-key: near uniform use its logarithms differ in few digits, and there are few of them;
-            0 without addressing loss
+        mean_M2n: mean share of each sub-key over tokens and heads, per memory and half; 0 without addressing loss
     """
 
     def __init__(
@@ -189,20 +191,21 @@ class Usage:
         self.memories, self.heads, self._group = memories, config.heads, group
         self.n_subkeys = config.n_subkeys
         self.loss_weight = config.addressing_loss_weight if config.has_addressing_loss else 0.0
-        self.share_GXK = top.sub_score.softmax(-1)
+        self.dtype = top.sub_score.dtype
+        self.share_GXK = top.sub_score.double().softmax(-1)
         self.rows = tokens * config.heads
         place = torch.arange(top.sub_index.shape[0], device=top.sub_index.device)
         # Heads are pooled: (memory, head, half) -> (memory, half).
         pooled = torch.div(place, 2 * config.heads, rounding_mode="floor") * 2 + place % 2
         self.bin_GXK = top.sub_index + (pooled * config.n_subkeys)[:, None, None]
         if mean_M2n is None and not self.loss_weight:  # nobody asks: no sum over ranks
-            mean_M2n = self.share_GXK.new_zeros(memories, 2, config.n_subkeys, dtype=torch.float64)
+            mean_M2n = self.share_GXK.new_zeros(memories, 2, config.n_subkeys)
         if mean_M2n is None:
             mean_M2n = self._pool(self.share_GXK).div_(self.rows).view(memories, 2, config.n_subkeys)
         self.mean_M2n = mean_M2n
 
     def _pool(self, value_GXK: Tensor) -> Tensor:
-        """float64: sums of numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
+        """Sums of numbers of pairs by (memory, half, sub-key), over all ranks, in a fixed order."""
         return self._group.sum(self._pool_own(value_GXK))
 
     def _pool_own(self, value_GXK: Tensor) -> Tensor:
@@ -213,37 +216,37 @@ class Usage:
         summed = scatter_weighted_add(
             plan_segments(index.unsqueeze(1), bins), torch.ones_like(value).unsqueeze(1), value.unsqueeze(1)
         )
-        return summed.squeeze(1).double()
+        return summed.squeeze(1)
 
     def loss_M(self) -> Tensor:
         """[M] addressing loss: weight * sum over halves of sum_j mean_j log(mean_j + eps)."""
         entropy = self.mean_M2n * torch.log(self.mean_M2n + ENTROPY_EPSILON)
-        return (self.loss_weight * entropy.sum((1, 2))).to(self.share_GXK.dtype)
+        return (self.loss_weight * entropy.sum((1, 2))).to(self.dtype)
 
     def _potential(self) -> Tensor:
         """d loss / d mean for every pair, [G, X, K], less its mean over the use of a half: only differences count."""
         shifted = self.mean_M2n + ENTROPY_EPSILON
         potential = self.loss_weight * (shifted.log() + self.mean_M2n / shifted)
         potential -= (self.mean_M2n * potential).sum(-1, keepdim=True)
-        return potential.flatten().to(self.share_GXK.dtype)[self.bin_GXK]
+        return potential.flatten()[self.bin_GXK]
 
     def score_gradient(self) -> Tensor:
         """d loss / d sub-score, [G, X, K]."""
         potential = self._potential()
         mean = (self.share_GXK * potential).sum(-1, keepdim=True)
-        return self.share_GXK * (potential - mean) / self.rows
+        return (self.share_GXK * (potential - mean) / self.rows).to(self.dtype)
 
     def score_gradient_backward(self, cotangent_GXK: Tensor) -> Tensor:
         """dL/d sub-score [G, X, K] through `score_gradient`, given dL/d of its result."""
-        share, potential = self.share_GXK, self._potential()
+        share, potential, cotangent_GXK = self.share_GXK, self._potential(), cotangent_GXK.double()
         mean = (share * potential).sum(-1, keepdim=True)
         along = (share * cotangent_GXK).sum(-1, keepdim=True)
         of_share = (cotangent_GXK * (potential - mean) - potential * along) / self.rows
         of_potential = self._pool(share * (cotangent_GXK - along) / self.rows)
         shifted = self.mean_M2n.flatten() + ENTROPY_EPSILON
         of_mean = of_potential * self.loss_weight * (1 / shifted + ENTROPY_EPSILON / shifted.square())
-        of_share = of_share + (of_mean / self.rows).to(share.dtype)[self.bin_GXK]
-        return share * (of_share - (share * of_share).sum(-1, keepdim=True))
+        of_share = of_share + (of_mean / self.rows)[self.bin_GXK]
+        return (share * (of_share - (share * of_share).sum(-1, keepdim=True))).to(self.dtype)
 
 
 def _pull(top: ProductKeyTopk, score_gradient_GXK: Tensor, config: MemoryConfig) -> Tensor:
@@ -253,7 +256,12 @@ def _pull(top: ProductKeyTopk, score_gradient_GXK: Tensor, config: MemoryConfig)
     """
     if config.score_type == "dot_product":
         return score_gradient_GXK
-    return 2 * score_gradient_GXK * torch.exp(top.sub_score)
+    return score_gradient_GXK * _slope_of_score(top)
+
+
+def _slope_of_score(top: ProductKeyTopk) -> Tensor:
+    """[G, X, K] 2 exp(score), rounded once."""
+    return (2 * torch.exp(top.sub_score.double())).to(top.sub_score.dtype)
 
 
 def key_gradient(
@@ -270,7 +278,8 @@ def key_gradient(
     gradient = scatter_weighted_add(plan.segments, query_GXd.flatten(0, 1), flat).view_as(keys_Gnd)
     if config.score_type == "dot_product":
         return gradient
-    total = _segment_sum(plan, pull).view(*keys_Gnd.shape[:2], 1)
+    # sum t (q - k) as sum t q - (sum t) k: close to a sub-key they cancel, so the sum of the few numbers is float64.
+    total = _segment_sum(plan, pull).to(pull.dtype).view(*keys_Gnd.shape[:2], 1)
     return gradient.addcmul_(total, keys_Gnd, value=-1)
 
 
@@ -324,9 +333,9 @@ def key_gradient_backward(
         return KeyStepGradient(along, None, of_query, None)
     key_part = (cotangent_Gnd * keys_Gnd).sum(-1).flatten()
     along = along - key_part[plan.index_GXK].view_as(along)
-    total = _segment_sum(plan, pull).view(*keys_Gnd.shape[:2], 1)
+    total = _segment_sum(plan, pull).to(pull.dtype).view(*keys_Gnd.shape[:2], 1)
     return KeyStepGradient(
-        cotangent_GXK=2 * torch.exp(top.sub_score) * along,
+        cotangent_GXK=_slope_of_score(top) * along,
         sub_score_GXK=pull * along,
         query_GXd=of_query,
         keys_Gnd=-total * cotangent_Gnd,

@@ -234,7 +234,7 @@ def inner_score_gradient(
     usage: Usage, read: ChunkRead, slope_YP: Tensor | None, memories: int, config: MemoryConfig
 ) -> Tensor:
     """Gradient [G, X, K] of the inner losses with respect to the sub-scores."""
-    gradient = usage.score_gradient() if config.has_addressing_loss else torch.zeros_like(usage.share_GXK)
+    gradient = usage.score_gradient() if config.has_addressing_loss else torch.zeros_like(read.address.top.sub_score)
     if slope_YP is not None:
         of_score = addressing.score_gradient_from_weights(
             read.address.weight_YP, addressing.heads_last(read.address.top.score, memories), slope_YP, config
