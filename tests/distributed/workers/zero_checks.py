@@ -1,5 +1,9 @@
 """Training under ZeRO stages and tensor parallelism against one process in plain torch; prints relative errors.
 
+In bf16 a weight in the other of two neighbouring roundings changes all that follows, so there the stages are held to
+the first of them while no float32 sum of theirs can differ: the global norm, which each adds up in its own order, takes
+part in the last step only, the one that is clipped.
+
 Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism,
 "r" for computing sublayers again in the backward pass, "b" for buckets of gradients that most weights do not fit in.
 """
@@ -34,6 +38,7 @@ SEQUENCES, LENGTH, ACCUMULATION = 4, 16, 2
 RATES = [4e-3, 6e-3, 2e-3]
 # A large epsilon: AdamW divides tiny gradients by their own size, and would show the last bits of sums as whole steps.
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, epsilon=1e-3, weight_decay=0.2, gradient_clipping=0.3, warmup_steps=0)
+BF16_CLIPPING = 6.5  # between the norms of the second and of the third step
 KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
 MODEL = replace(CONFIG, window=4)
 SMALL_BUCKET = 300  # elements
@@ -56,7 +61,13 @@ def own_share(ranks: topology.Topology) -> Iterator[TokenBatch]:
         yield TokenBatch(batch.tokens_BT[rows], batch.labels_BT[rows])
 
 
-def reference(dtype: torch.dtype) -> dict[str, Any]:
+def optimizer_settings(precision: str) -> OptimizerConfig:
+    if precision != "bf16":
+        return OPTIMIZER
+    return OPTIMIZER.model_copy(update={"gradient_clipping": BF16_CLIPPING})
+
+
+def reference(dtype: torch.dtype, clipping: float) -> dict[str, Any]:
     """Plain torch in one process with the whole batch."""
     model = Decoder(MODEL, VOCABULARY, TorchBackend(0.1), seed=3).to(dtype)
     optimizer = build_optimizer(model, 1.0, OPTIMIZER.betas, OPTIMIZER.epsilon, OPTIMIZER.weight_decay)
@@ -70,7 +81,7 @@ def reference(dtype: torch.dtype) -> dict[str, Any]:
         if not found["losses"]:
             found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found["losses"].append(sum(loss.item() for loss in losses))
-        found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
+        found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), clipping).item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -91,6 +102,13 @@ def whole_gradients(engine: Any, model: Decoder) -> dict[str, Tensor]:
     return {name: gradient(parameter) for name, parameter in model.named_parameters()}
 
 
+def float32_weights(model: Decoder) -> dict[str, Tensor]:
+    """What the optimizer keeps of this tensor-parallel rank's weights; all ranks call this together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+
+
 def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool) -> dict[str, Any]:
     import deepspeed
 
@@ -106,7 +124,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool)
     model.recompute_sublayers(recompute)
     if precision == "fp64":
         model.double()
-    bundle = build_training(model, OPTIMIZER, training)
+    bundle = build_training(model, optimizer_settings(precision), training)
     engine = bundle.engine
     stepper = Stepper(bundle, model, own_share(ranks), training=training, seed=3, topology=ranks)
     found: dict[str, Any] = {"losses": [], "norms": [], "applied": []}
@@ -117,8 +135,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool)
             found["gradients"] = whole_gradients(engine, model)
         update()
 
-    if precision != "bf16":
-        engine.step = step
+    engine.step = step
     for number, rate in enumerate(RATES, start=1):
         result = stepper.run(number, rate, lambda: False)
         found["losses"].append(result.loss)
@@ -126,6 +143,8 @@ def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool)
         found["applied"].append(result.applied)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         found["weights"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if precision == "bf16":
+        found["masters"] = float32_weights(model)
     found["skipped"] = check_skip(ranks, stepper, model, stage, found["weights"])
     engine.destroy()
     return found
@@ -150,22 +169,31 @@ def check_skip(
     return same and not result.applied and stepper.run(len(RATES) + 2, 1e-2, lambda: False).applied
 
 
+def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Largest relative error of a tensor. `wanted` may be the whole ones, of which this rank has its share."""
+    assert set(found) == set(wanted)
+    return max(
+        float((part.to(wanted[name].dtype) - share(wanted[name], part)).norm() / wanted[name].norm())
+        for name, part in found.items()
+    )
+
+
 def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
     errors = {
         key: max(abs(a - b) / b for a, b in zip(found[key], wanted[key], strict=True)) for key in ("losses", "norms")
     }
-    for key in ("gradients", "weights"):
-        if key in found:
-            assert set(found[key]) == set(wanted[key])
-            errors[key] = max(
-                float(
-                    (part.to(wanted[key][name].dtype) - share(wanted[key][name], part)).norm()
-                    / wanted[key][name].norm()
-                )
-                for name, part in found[key].items()
-            )
+    errors |= {key: difference(found[key], wanted[key]) for key in ("gradients", "weights")}
     errors["applied"] = 0.0 if all(found["applied"]) else 1.0
     errors["skipped"] = 0.0 if found.get("skipped", True) else 1.0
+    return errors
+
+
+def compare_stages(first: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Errors of a stage in bf16 against the first one, and how much the last step, and only that, was clipped."""
+    errors = {f"{key} of stages": difference(found[key], first[key]) for key in ("gradients", "masters")}
+    errors["norms of stages"] = max(abs(a - b) / b for a, b in zip(found["norms"], first["norms"], strict=True))
+    *before, last = found["norms"]
+    errors["clipping"] = 0.0 if max(before) < 0.95 * BF16_CLIPPING and last > 1.05 * BF16_CLIPPING else 1.0
     return errors
 
 
@@ -173,17 +201,25 @@ def main() -> None:
     topology.initialize(ParallelConfig(timeout_seconds=60))
     from deepspeed.accelerator import get_accelerator
 
-    accelerator, wanted = get_accelerator(), {"fp32": reference(torch.float32), "fp64": reference(torch.float64)}
+    wanted = {
+        precision: reference(dtype, optimizer_settings(precision).gradient_clipping)
+        for precision, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32))
+    }
+    accelerator = get_accelerator()
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
     found: dict[str, dict[str, float]] = {}
     for layout in sys.argv[2:]:
         settings = {"tensor": int(layout.rstrip("srb")), "sequence_parallel": "s" in layout}
         ranks = topology.build_groups(ParallelConfig.model_validate({**settings, "timeout_seconds": 60}))
         bucket = SMALL_BUCKET if "b" in layout else engines.LARGEST_BUCKET
+        first: dict[str, Any] | None = None
         for stage, precision in KINDS:
             with mock.patch.object(engines, "LARGEST_BUCKET", bucket):
                 trained = train(ranks, stage, precision, recompute="r" in layout)
-            errors = compare(wanted["fp64" if precision == "fp64" else "fp32"], trained)
+            errors = compare(wanted[precision], trained)
+            if precision == "bf16":
+                first = first or trained
+                errors |= compare_stages(first, trained)
             every: list[dict[str, float]] = [{}] * dist.get_world_size()
             dist.all_gather_object(every, errors)
             found[f"{layout} ZeRO-{stage} {precision}"] = {key: max(one[key] for one in every) for key in errors}
