@@ -147,6 +147,8 @@ def main() -> None:
                     dist.all_gather_object(every, errors)
                     name = f"{dtype}, {'tied' if tied else 'untied'}, {tensor} ranks{', SP' if divided else ''}"
                     found[name] = {key: max(one[key] for one in every) for key in errors}
+                    del split, placement
+                    topology.end_groups()
     said: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(said, check_digests(first.model_copy(update={"tensor": 2})))
     rank = dist.get_rank()
