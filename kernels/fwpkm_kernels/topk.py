@@ -73,7 +73,7 @@ class _Ranking:
     """Ranking values from one batched product, and what is needed to judge their rounding.
 
     For idw the value is <q, k> - |k|^2 / 2, which ranks as the score does: the logarithm is taken of the chosen only.
-    The squares are float64, so that a distance made of all three has only the product's rounding.
+    The queries' squares are float64: a distance has only the rounding of the value.
     """
 
     value_GXn: Tensor
@@ -89,18 +89,13 @@ class _Ranking:
 
 
 def _rank(query_GXd: Tensor, keys_Gnd: Tensor, score_type: str) -> _Ranking:
-    query_square = _squares(query_GXd).unsqueeze(-1)
-    key_square = _squares(keys_Gnd)
+    query_square = torch.linalg.vector_norm(query_GXd, dim=-1, keepdim=True, dtype=torch.float64).square()
+    key_square = keys_Gnd.square().sum(-1)
     if score_type == "dot_product":
         value = torch.bmm(query_GXd, keys_Gnd.transpose(1, 2))
     else:
-        value = torch.baddbmm(key_square.mul(-0.5).to(keys_Gnd.dtype).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
+        value = torch.baddbmm(key_square.mul(-0.5).unsqueeze(1), query_GXd, keys_Gnd.transpose(1, 2))
     return _Ranking(value, query_square, key_square, score_type)
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """Squared lengths of rows, float64."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
 
 
 def _scores_from_values(value: Tensor, query_square: Tensor, score_type: str) -> Tensor:

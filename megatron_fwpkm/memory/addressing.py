@@ -170,8 +170,8 @@ def _segment_sum(plan: SubkeyPlan, value_GXK: Tensor) -> Tensor:
 class Usage:
     """Mean use of the sub-keys, and the addressing loss with its gradients (semantics A.8).
 
-    All of it is float64, and only the gradients are rounded to the scores' dtype: near uniform use the shares and the
-    logarithms of their means differ in few digits, and there are few of them.
+    All of it is float64, and only what it gives, loss and gradients, is rounded to the scores' dtype: near uniform use
+    the shares and the logarithms of their means differ in few digits, and there are few of them.
 
     Attributes:
         share_GXK: softmax of the top-k sub-scores of each query

@@ -1,8 +1,9 @@
 """Training under ZeRO stages and tensor parallelism against one process in plain torch; prints relative errors.
 
 In bf16 a weight in the other of two neighbouring roundings changes all that follows, so there the stages are held to
-the first of them while no float32 sum of theirs can differ: the global norm, which each adds up in its own order, takes
-part in the last step only, the one that is clipped.
+the first of them while no sum of theirs makes a difference: the global norm, which each adds up in its own order, takes
+part in the last step only, the one that is clipped. Trained once more with every step clipped ("clipped"), they are
+held to plain torch.
 
 Arguments: a configuration (unused), then layouts as tensor-parallel ranks, "s" behind them for sequence parallelism,
 "r" for computing sublayers again in the backward pass, "b" for buckets of gradients that most weights do not fit in.
@@ -39,7 +40,8 @@ RATES = [4e-3, 6e-3, 2e-3]
 # A large epsilon: AdamW divides tiny gradients by their own size, and would show the last bits of sums as whole steps.
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, epsilon=1e-3, weight_decay=0.2, gradient_clipping=0.3, warmup_steps=0)
 BF16_CLIPPING = 6.5  # between the norms of the second and of the third step
-KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+KINDS = [(0, "fp64"), *((stage, "fp32") for stage in range(4))]
+KINDS += [(stage, precision) for precision in ("bf16", "clipped") for stage in (1, 2, 3)]
 MODEL = replace(CONFIG, window=4)
 SMALL_BUCKET = 300  # elements
 
@@ -117,7 +119,7 @@ def train(ranks: topology.Topology, stage: int, precision: str, recompute: bool)
             "micro_batch_size": SEQUENCES // ranks.replicas,
             "gradient_accumulation": ACCUMULATION,
             "zero_stage": stage,
-            "precision": "bf16" if precision == "bf16" else "fp32",
+            "precision": "bf16" if precision in ("bf16", "clipped") else "fp32",
         }
     )
     model = Decoder(MODEL, VOCABULARY, megatron_backend(0.1, 1e-5, ranks.placement), seed=3)
@@ -189,9 +191,12 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
 
 
 def compare_stages(first: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
-    """Errors of a stage in bf16 against the first one, and how much the last step, and only that, was clipped."""
+    """Errors of a stage in bf16 against the first one; 0 where the weights are those of the optimizer, rounded, and
+    where the last step, and only that, was clipped."""
     errors = {f"{key} of stages": difference(found[key], first[key]) for key in ("gradients", "masters")}
     errors["norms of stages"] = max(abs(a - b) / b for a, b in zip(found["norms"], first["norms"], strict=True))
+    rounded = {name: master.bfloat16() for name, master in found["masters"].items()}
+    errors["rounding"] = 0.0 if all(torch.equal(rounded[name], w) for name, w in found["weights"].items()) else 1.0
     *before, last = found["norms"]
     errors["clipping"] = 0.0 if max(before) < 0.95 * BF16_CLIPPING and last > 1.05 * BF16_CLIPPING else 1.0
     return errors
@@ -205,6 +210,7 @@ def main() -> None:
         precision: reference(dtype, optimizer_settings(precision).gradient_clipping)
         for precision, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32))
     }
+    wanted["clipped"] = wanted["fp32"]
     accelerator = get_accelerator()
     accelerator.supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]  # type: ignore[method-assign]
     found: dict[str, dict[str, float]] = {}
