@@ -57,12 +57,20 @@ EXCHANGES = (
 
 
 def break_exchange(fault: str, phase: str) -> None:
-    """Rank 1 dies or raises as it joins an exchange of a phase, in which the others then are."""
+    """Rank 1 dies or raises as it joins an exchange of a phase, in which rank 0 then is."""
     import torch.distributed
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    there = f"rank 0 was {phase}"
 
     def broken(exchange: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
-            if PHASE.of_thread() == phase and torch.distributed.get_rank() == 1:
+            if PHASE.of_thread() != phase:
+                return exchange(*arguments, **options)
+            if torch.distributed.get_rank() == 0:
+                _get_default_store().set(there, "")
+            elif torch.distributed.get_rank() == 1:
+                _get_default_store().wait([there])
                 if fault == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("built-in fault")
